@@ -1,0 +1,1 @@
+"""Triton kernels. They know pointers and tiles, not graphs."""

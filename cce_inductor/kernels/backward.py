@@ -1,0 +1,90 @@
+"""Backward kernel: recomputes the logits of a vocabulary slice and stores their gradient.
+
+    x  = f(z),  z = hidden @ weight.T + bias
+    dx = exp(x - lse) * grad_lse + [v == target] * grad_picked + total_weight[v] * grad_total
+    dz = dx * f'(z)                                                     stored in the dtype of the matmuls
+
+One program owns each tile of dz. The products of dz with hidden and weight are plain matrix multiplications.
+"""
+
+import triton
+import triton.language as tl
+
+from .tile import preactivations, tile_position
+
+
+@triton.jit
+def gradient_kernel(
+    hidden,
+    weight,
+    bias,
+    target,
+    total_weight,
+    lse,  # [N]
+    grad_lse,  # [N]
+    grad_picked,  # [N]
+    grad_total,  # [N]
+    dz,  # [N, columns of the slice]
+    num_rows,
+    num_columns,  # of the slice that `weight` holds
+    width,
+    first_column,  # where the slice starts in the vocabulary
+    ignore_index,
+    stride_hn,
+    stride_hd,
+    stride_wv,
+    stride_wd,
+    stride_dz,
+    VALUE_AND_SLOPE: tl.constexpr,  # the generated function (f, f')
+    HAS_BIAS: tl.constexpr,
+    HAS_TARGET: tl.constexpr,
+    HAS_IGNORE_INDEX: tl.constexpr,
+    WANT_TOTAL: tl.constexpr,
+    HAS_TOTAL_WEIGHT: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+    NUM_PROGRAMS: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):
+    row_blocks = tl.cdiv(num_rows, BLOCK_N)
+    column_blocks = tl.cdiv(num_columns, BLOCK_V)
+    for tile in tl.range(tl.program_id(0), row_blocks * column_blocks, NUM_PROGRAMS, flatten=FLATTEN):
+        row_block, column_block = tile_position(tile, row_blocks, column_blocks, GROUP_ROWS)
+        row = row_block * BLOCK_N
+        column = column_block * BLOCK_V
+        z = preactivations(
+            hidden, weight, bias, row, column, num_rows, num_columns, width,
+            stride_hn, stride_hd, stride_wv, stride_wd,
+            HAS_BIAS, USE_TMA, PRECISION, BLOCK_N, BLOCK_V, BLOCK_D,
+        )  # fmt: skip
+        x, slope = VALUE_AND_SLOPE(z)
+        rows = row + tl.arange(0, BLOCK_N)
+        columns = column + tl.arange(0, BLOCK_V)
+        row_mask = rows < num_rows
+        row_lse = tl.load(lse + rows, mask=row_mask, other=0.0)
+        row_grad = tl.load(grad_lse + rows, mask=row_mask, other=0.0)
+        dx = tl.exp(x - row_lse[:, None]) * row_grad[:, None]
+        if HAS_TARGET:
+            targets = tl.load(target + rows, mask=row_mask, other=-1)
+            target_grad = tl.load(grad_picked + rows, mask=row_mask, other=0.0)
+            if HAS_IGNORE_INDEX:
+                target_grad = tl.where(targets == ignore_index, 0.0, target_grad)
+            local = targets - first_column - column
+            local = tl.where((local >= 0) & (local < BLOCK_V), local, -1).to(tl.int32)
+            hit = tl.arange(0, BLOCK_V)[None, :] == local[:, None]
+            dx += tl.where(hit, target_grad[:, None], 0.0)
+        if WANT_TOTAL:
+            total_grad = tl.load(grad_total + rows, mask=row_mask, other=0.0)[:, None]
+            if HAS_TOTAL_WEIGHT:
+                weights = tl.load(total_weight + columns, mask=columns < num_columns, other=0.0).to(
+                    tl.float32
+                )
+                total_grad = total_grad * weights[None, :]
+            dx += total_grad
+        offsets = rows[:, None].to(tl.int64) * stride_dz + columns[None, :]
+        mask = row_mask[:, None] & (columns < num_columns)[None, :]
+        tl.store(dz + offsets, (dx * slope).to(dz.dtype.element_ty), mask=mask)

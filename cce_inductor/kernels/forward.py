@@ -1,0 +1,96 @@
+"""Forward kernel: per row and vocabulary tile, everything the losses need, without storing a logit.
+
+    x          = f(hidden @ weight.T + bias)
+    tile_lse[j, n]   = log(sum over v in tile j of exp(x[n, v]))
+    tile_total[j, n] = sum over v in tile j of total_weight[v] * x[n, v]
+    picked[n]        = x[n, target[n]], written by the one tile that holds the target
+
+The log-sum-exp over the whole vocabulary is the log-sum-exp of the tiles' (Wijmans et al., arXiv 2411.09009, computes it
+with locks instead). The kernel is persistent: as many programs as multiprocessors, each walking over many tiles.
+"""
+
+import triton
+import triton.language as tl
+
+from .tile import preactivations, tile_position
+
+
+@triton.jit
+def forward_kernel(
+    hidden,
+    weight,
+    bias,
+    target,
+    total_weight,
+    tile_lse,  # [tiles, N]
+    tile_total,  # [tiles, N]
+    picked,  # [N]
+    num_rows,
+    num_columns,  # of the slice that `weight` holds
+    width,
+    first_column,  # where the slice starts in the vocabulary
+    first_tile,  # where its tiles start in tile_lse
+    ignore_index,
+    stride_hn,
+    stride_hd,
+    stride_wv,
+    stride_wd,
+    VALUE: tl.constexpr,  # the generated function f
+    HAS_BIAS: tl.constexpr,
+    HAS_TARGET: tl.constexpr,
+    HAS_IGNORE_INDEX: tl.constexpr,
+    WANT_TOTAL: tl.constexpr,
+    HAS_TOTAL_WEIGHT: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+    NUM_PROGRAMS: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):
+    row_blocks = tl.cdiv(num_rows, BLOCK_N)
+    column_blocks = tl.cdiv(num_columns, BLOCK_V)
+    for tile in tl.range(tl.program_id(0), row_blocks * column_blocks, NUM_PROGRAMS, flatten=FLATTEN):
+        row_block, column_block = tile_position(tile, row_blocks, column_blocks, GROUP_ROWS)
+        row = row_block * BLOCK_N
+        column = column_block * BLOCK_V
+        z = preactivations(
+            hidden, weight, bias, row, column, num_rows, num_columns, width,
+            stride_hn, stride_hd, stride_wv, stride_wd,
+            HAS_BIAS, USE_TMA, PRECISION, BLOCK_N, BLOCK_V, BLOCK_D,
+        )  # fmt: skip
+        x = VALUE(z)
+        rows = row + tl.arange(0, BLOCK_N)
+        columns = column + tl.arange(0, BLOCK_V)
+        row_mask = rows < num_rows
+        column_mask = (columns < num_columns)[None, :]
+        result_offsets = (first_tile + column_block).to(tl.int64) * num_rows + rows
+
+        if WANT_TOTAL:
+            scaled = x
+            if HAS_TOTAL_WEIGHT:
+                scaled = (
+                    x
+                    * tl.load(total_weight + columns, mask=columns < num_columns, other=0.0).to(tl.float32)[
+                        None, :
+                    ]
+                )
+            tl.store(
+                tile_total + result_offsets, tl.sum(tl.where(column_mask, scaled, 0.0), 1), mask=row_mask
+            )
+        if HAS_TARGET:
+            targets = tl.load(target + rows, mask=row_mask, other=-1)
+            local = targets - first_column - column
+            inside = row_mask & (local >= 0) & (local < BLOCK_V) & (targets < first_column + num_columns)
+            if HAS_IGNORE_INDEX:
+                inside = inside & (targets != ignore_index)
+            hit = tl.arange(0, BLOCK_V)[None, :] == local.to(tl.int32)[:, None]
+            tl.store(picked + rows, tl.sum(tl.where(hit, x, 0.0), 1), mask=inside)
+
+        x = tl.where(column_mask, x, -float("inf"))
+        peak = tl.max(x, 1)
+        shift = tl.where(peak == -float("inf"), 0.0, peak)
+        lse = shift + tl.log(tl.sum(tl.exp(x - shift[:, None]), 1))
+        tl.store(tile_lse + result_offsets, lse, mask=row_mask)

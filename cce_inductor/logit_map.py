@@ -1,0 +1,184 @@
+"""Pointwise maps on logits, x = f(z), as sympy expressions.
+
+A model may scale, cap or shift its logits before the loss: Gemma 2 computes `30 * tanh(z / 30)`, Cohere `z * c`,
+Granite `z / c`. The pass records such a chain as one expression in z, the operator receives it as text, and each
+implementation evaluates it together with its derivative: torch functions on the CPU, generated Triton on the GPU.
+
+The text is a small language of its own (numbers, z, + - * / **, and the functions below). `parse` accepts nothing
+else and never evaluates Python.
+"""
+
+import ast
+import functools
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from sympy.printing.str import StrPrinter
+
+Z = sympy.Symbol("z", real=True)
+
+
+class sigmoid(sympy.Function):  # noqa: N801 (sympy prints a function by its class name)
+    """1 / (1 + exp(-x)), kept whole so that it is evaluated without overflow."""
+
+    def fdiff(self, argindex: int = 1) -> sympy.Expr:
+        value = sigmoid(self.args[0])
+        return value * (1 - value)
+
+
+# Every function a map may contain: its sympy form and its torch form. The Triton form has the same name and lives in
+# `kernels/pointwise.py`.
+FUNCTIONS: dict[str, tuple[Any, Callable[[torch.Tensor], torch.Tensor]]] = {
+    "tanh": (sympy.tanh, torch.tanh),
+    "sigmoid": (sigmoid, torch.sigmoid),
+    "exp": (sympy.exp, torch.exp),
+}
+
+
+class _TextPrinter(StrPrinter):
+    """Prints an expression so that `parse` gives it back bit for bit."""
+
+    def _print_Float(self, expr: sympy.Float) -> str:  # noqa: N802 (named by sympy's printers)
+        return repr(float(expr))
+
+    def _print_Rational(self, expr: sympy.Rational) -> str:  # noqa: N802
+        return repr(float(expr))
+
+
+def to_text(expr: sympy.Expr) -> str:
+    """The expression in the map language; also valid in generated Triton code."""
+    return _TextPrinter({"full_prec": True}).doprint(expr)
+
+
+_BINARY = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.Pow: operator.pow,
+}
+
+
+def _parse_node(node: ast.expr) -> sympy.Expr:
+    match node:
+        case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
+            return sympy.Integer(number) if isinstance(number, int) else sympy.Float(number)
+        case ast.Name(id="z"):
+            return Z
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_parse_node(operand)
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
+            return _BINARY[type(op)](_parse_node(left), _parse_node(right))
+        case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in FUNCTIONS:
+            return FUNCTIONS[name][0](_parse_node(argument))
+    raise ValueError(
+        f"{ast.unparse(node)!r} is not part of a logit map: allowed are numbers, z, + - * / ** and {list(FUNCTIONS)}"
+    )
+
+
+@dataclass(frozen=True)
+class LogitMap:
+    """x = f(z), applied to every logit; immutable, compared and hashed by its text."""
+
+    expr: sympy.Expr = Z
+
+    @classmethod
+    @functools.lru_cache(maxsize=256)
+    def parse(cls, text: str) -> "LogitMap":
+        """The map written as `text`; ValueError for anything outside the map language."""
+        try:
+            tree = ast.parse(text, mode="eval")
+        except SyntaxError as error:
+            raise ValueError(f"{text!r} is not a logit map: {error.msg}") from error
+        return cls(_parse_node(tree.body))
+
+    def __str__(self) -> str:
+        return to_text(self.expr)
+
+    @property
+    def is_identity(self) -> bool:
+        return self.expr == Z
+
+    @property
+    def derivative(self) -> sympy.Expr:
+        """df/dz."""
+        return sympy.diff(self.expr, Z)
+
+    def affine(self) -> tuple[float, float] | None:
+        """(a, c) where f(z) = a * z + c, or None where f is not of that form or a is zero."""
+        slope = self.derivative
+        if slope.free_symbols or not slope.is_number or slope == 0:
+            return None
+        return float(slope), float(self.expr.subs(Z, 0))
+
+    def then(self, step: Callable[[sympy.Expr], sympy.Expr]) -> "LogitMap":
+        """The map that applies `step` to the result of this one."""
+        return LogitMap(step(self.expr))
+
+    def __call__(self, z: torch.Tensor) -> torch.Tensor:
+        """f(z) with torch functions, in z's dtype."""
+        return z if self.is_identity else _evaluate(self.value_program(), z)[0]
+
+    def value_and_derivative(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """f(z) and f'(z) with torch functions; None stands for a derivative of one everywhere."""
+        if self.is_identity:
+            return z, None
+        value, slope = _evaluate(self.program(), z)
+        return value, slope
+
+    def value_program(self) -> "Program":
+        """The steps that compute f."""
+        return self._program((self.expr,))
+
+    def program(self) -> "Program":
+        """The steps that compute f and f', with shared subexpressions computed once."""
+        return self._program((self.expr, self.derivative))
+
+    @staticmethod
+    @functools.lru_cache(maxsize=256)
+    def _program(outputs: tuple[sympy.Expr, ...]) -> "Program":
+        steps, results = sympy.cse(outputs, symbols=sympy.numbered_symbols("t"))
+        return Program(tuple(steps), tuple(results))
+
+
+@dataclass(frozen=True)
+class Program:
+    """Straight-line code: `steps` name shared subexpressions in order, `results` use them."""
+
+    steps: tuple[tuple[sympy.Symbol, sympy.Expr], ...]
+    results: tuple[sympy.Expr, ...]
+
+
+def _evaluate(program: Program, z: torch.Tensor) -> list[torch.Tensor]:
+    values: dict[sympy.Symbol, Any] = {Z: z}
+    for symbol, expr in program.steps:
+        values[symbol] = _evaluate_expr(expr, values)
+    results = (_evaluate_expr(expr, values) for expr in program.results)
+    return [r if isinstance(r, torch.Tensor) else torch.full_like(z, r) for r in results]
+
+
+def _evaluate_expr(expr: sympy.Expr, values: dict[sympy.Symbol, Any]) -> Any:
+    if expr.is_Symbol:
+        return values[expr]
+    if expr.is_number:
+        return float(expr)
+    args = [_evaluate_expr(arg, values) for arg in expr.args]
+    if expr.is_Add:
+        return functools.reduce(operator.add, args)
+    if expr.is_Mul:
+        return functools.reduce(operator.mul, args)
+    if expr.is_Pow:
+        return args[0] ** args[1]
+    return FUNCTIONS[type(expr).__name__][1](args[0])
+
+
+def constant(value: float) -> sympy.Expr:
+    """A number of the user's program as it enters an expression; ValueError unless it is finite."""
+    if not math.isfinite(value):
+        raise ValueError(f"{value} in the map of the logits")
+    return sympy.Integer(value) if isinstance(value, int) else sympy.Float(value)

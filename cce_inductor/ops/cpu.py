@@ -1,0 +1,94 @@
+"""The operators on any device through ATen: blocks of logits sized for the cache, never all of them.
+
+It serves the CPU, and on a GPU the dtypes that the Triton kernels don't cover (float64).
+"""
+
+import torch
+from torch import Tensor
+
+from .blocks import exact_backward
+from .problem import MIB, Problem, spans
+
+BLOCK_ROWS = 512
+BLOCK_BYTES = 4 * MIB  # of one block of logits in float32: stays in a last-level cache while it is worked on
+
+
+def _block_shape(problem: Problem) -> tuple[int, int]:
+    """(rows, columns) of a block: many rows, so that each slice of the weight is read a few times only."""
+    budget = min(BLOCK_BYTES, problem.workspace_bytes) // problem.accumulate_dtype.itemsize
+    rows = max(1, min(problem.num_rows, BLOCK_ROWS))
+    return rows, max(1, min(problem.vocab_size, budget // rows))
+
+
+def _preactivations(problem: Problem, hidden: Tensor, weight: Tensor, columns: slice) -> Tensor:
+    """z = hidden @ weight.T + bias of one block, in the dtype of the sums."""
+    z = (hidden @ weight.T).to(problem.accumulate_dtype)
+    if problem.bias is not None:
+        z += problem.bias[columns]
+    return z
+
+
+def _check_targets(problem: Problem) -> None:
+    """Raises eager's error for a target outside the vocabulary."""
+    if problem.target is None:
+        return
+    bad = (problem.target < 0) | (problem.target >= problem.vocab_size)
+    if problem.ignore_index is not None:
+        bad &= problem.target != problem.ignore_index
+    if bad.any():
+        raise IndexError(f"Target {problem.target[bad][0].item()} is out of bounds.")
+
+
+def _target_columns(problem: Problem, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
+    """(index [rows, 1] into the block, whether [rows, 1] the row's target lies in the block and counts)."""
+    target = problem.target[rows]
+    inside = (target >= columns.start) & (target < columns.stop)
+    if problem.ignore_index is not None:
+        inside &= target != problem.ignore_index
+    return torch.where(inside, target - columns.start, 0).unsqueeze(1), inside.unsqueeze(1)
+
+
+def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """lse, picked and total, each [N], merged over vocabulary slices: logaddexp of the slices' log-sum-exps."""
+    if not problem.hidden.is_cuda:
+        _check_targets(problem)
+    shape, options = (problem.num_rows,), {"dtype": problem.accumulate_dtype, "device": problem.hidden.device}
+    lse = torch.full(shape, -torch.inf, **options)
+    picked, total = torch.zeros(shape, **options), torch.zeros(shape, **options)
+    block_rows, block_columns = _block_shape(problem)
+    for columns in spans(problem.vocab_size, block_columns):
+        weight = problem.weight_rows(columns)
+        for rows in spans(problem.num_rows, block_rows):
+            x = problem.logit_map(_preactivations(problem, problem.hidden_rows(rows), weight, columns))
+            if problem.target is not None:
+                index, inside = _target_columns(problem, rows, columns)
+                picked[rows] += torch.where(inside, x.gather(1, index), 0.0).squeeze(1)
+            if problem.want_total:
+                total[rows] += _weighted_sum(problem, x, columns)
+            lse[rows] = torch.logaddexp(lse[rows], torch.logsumexp(x, dim=1))
+    return lse, picked, total
+
+
+def _weighted_sum(problem: Problem, x: Tensor, columns: slice) -> Tensor:
+    return x.sum(1) if problem.total_weight is None else x @ problem.total_weight[columns].to(x.dtype)
+
+
+def backward(
+    problem: Problem, lse: Tensor, grads: list[Tensor], needs_grad: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias for the gradients [lse, picked, total] of the results."""
+    grad_lse, grad_picked, grad_total = (g.unsqueeze(1) for g in grads)
+
+    def fill(rows: slice, columns: slice, out: Tensor) -> None:
+        z = _preactivations(problem, problem.hidden_rows(rows), problem.weight_rows(columns), columns)
+        x, slope = problem.logit_map.value_and_derivative(z)
+        dx = torch.sub(x, lse[rows].unsqueeze(1)).exp_().mul_(grad_lse[rows])
+        if problem.target is not None:
+            index, inside = _target_columns(problem, rows, columns)
+            dx.scatter_add_(1, index, torch.where(inside, grad_picked[rows], 0.0))
+        if problem.want_total:
+            weight = 1.0 if problem.total_weight is None else problem.total_weight[columns].to(dx.dtype)
+            dx += grad_total[rows] * weight
+        out.copy_(dx if slope is None else dx.mul_(slope))
+
+    return exact_backward(problem, needs_grad, *_block_shape(problem), fill)

@@ -1,0 +1,200 @@
+"""The operators on a GPU: Triton kernels for the logits, cuBLAS for the plain matmuls of the backward."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..kernels import template
+from ..kernels.backward import gradient_kernel
+from ..kernels.config import TileConfig, tile_config
+from ..kernels.forward import forward_kernel
+from . import cpu
+from .blocks import exact_backward
+from .problem import Problem, spans
+
+COLUMN_MULTIPLE = 256  # vocabulary slices are multiples of the widest tile
+L2_SHARE_BYTES = 24 << 20  # hidden states that a group of row blocks may keep in the L2 cache
+
+
+def supported(problem: Problem) -> bool:
+    """Whether the Triton kernels cover the problem; `cpu.py` computes the rest with ATen on the same device.
+
+    Not covered: float64; empty operands.
+    """
+    return (
+        problem.compute_dtype != torch.float64
+        and min(problem.num_rows, problem.vocab_size, problem.width) > 0
+    )
+
+
+def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """lse, picked and total, each [N] in float32."""
+    if problem.hidden.is_cuda:
+        _assert_targets(problem)
+    if not supported(problem):
+        return cpu.forward(problem)
+    launch = Launch(problem, backward=False)
+    tiles = -(-problem.vocab_size // launch.config.block_v)
+    float32 = {"dtype": torch.float32, "device": problem.hidden.device}
+    tile_lse = torch.empty(tiles, problem.num_rows, **float32)
+    tile_total = torch.empty_like(tile_lse) if problem.want_total else None
+    picked = torch.zeros(problem.num_rows, **float32)
+    module = template.load(problem.logit_map)
+    for columns in launch.forward_slices():
+        launch(
+            forward_kernel,
+            slice(0, problem.num_rows),
+            columns,
+            tile_lse=tile_lse,
+            tile_total=tile_total,
+            picked=picked,
+            first_tile=columns.start // launch.config.block_v,
+            VALUE=module.value,
+        )
+    total = torch.zeros_like(picked) if tile_total is None else tile_total.sum(0)
+    return torch.logsumexp(tile_lse, 0), picked, total
+
+
+def backward(
+    problem: Problem, lse: Tensor, grads: list[Tensor], needs_grad: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias for the gradients [lse, picked, total] of the results."""
+    if not supported(problem):
+        return cpu.backward(problem, lse, grads, needs_grad)
+    launch = Launch(problem, backward=True)
+    module = template.load(problem.logit_map)
+
+    def fill(rows: slice, columns: slice, out: Tensor) -> None:
+        grad_lse, grad_picked, grad_total = (grad[rows] for grad in grads)
+        launch(
+            gradient_kernel,
+            rows,
+            columns,
+            lse=lse[rows],
+            grad_lse=grad_lse,
+            grad_picked=grad_picked,
+            grad_total=grad_total,
+            dz=out,
+            stride_dz=out.stride(0),
+            VALUE_AND_SLOPE=module.value_and_slope,
+        )
+
+    return exact_backward(problem, needs_grad, *_block_shape(problem), fill)
+
+
+def _block_shape(problem: Problem) -> tuple[int, int]:
+    """(rows, columns) of a block of dz that fits in the workspace: all rows, unless slices would get too narrow."""
+    elements = problem.workspace_bytes // problem.compute_dtype.itemsize
+    narrowest = min(problem.vocab_size, 8 * COLUMN_MULTIPLE)
+    rows = max(1, min(problem.num_rows, elements // narrowest))
+    columns = max(1, elements // rows // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
+    return rows, min(columns, -(-problem.vocab_size // 8) * 8)
+
+
+def _assert_targets(problem: Problem) -> None:
+    """A device-side assertion, as eager's kernels have it: no synchronisation."""
+    if problem.target is not None:
+        good = (problem.target >= 0) & (problem.target < problem.vocab_size)
+        if problem.ignore_index is not None:
+            good |= problem.target == problem.ignore_index
+        torch._assert_async(
+            good.all(), "cce_inductor: a target lies outside [0, vocabulary size) and is not ignore_index"
+        )
+
+
+@functools.lru_cache
+def _device_properties(index: int) -> tuple[tuple[int, int], int]:
+    properties = torch.cuda.get_device_properties(index)
+    return (properties.major, properties.minor), properties.multi_processor_count
+
+
+class Launch:
+    """What the kernels of one call have in common: operands ready to be loaded, tile shapes, grid."""
+
+    def __init__(self, problem: Problem, backward: bool) -> None:
+        self.problem = problem
+        device = problem.hidden.device
+        # on the CPU only Triton's interpreter runs the kernels, which has no processors to count
+        capability, self.processors = _device_properties(device.index) if device.type == "cuda" else (None, 4)
+        full = torch.get_float32_matmul_precision() == "highest"
+        self.precision = "ieee" if full and problem.compute_dtype == torch.float32 else "tf32"
+        self.config = tile_config(problem.compute_dtype, self.precision, capability, backward)
+        self.tma = capability is None or capability >= (9, 0)
+        self.hidden = _aligned(problem.hidden_rows(slice(0, problem.num_rows)))
+
+    def forward_slices(self) -> Any:
+        """One slice, unless the weight has to be cast: then slices whose cast fits in the workspace."""
+        problem = self.problem
+        if problem.weight.dtype == problem.compute_dtype:
+            return [slice(0, problem.vocab_size)]
+        columns = problem.workspace_bytes // (problem.compute_dtype.itemsize * problem.width)
+        return spans(problem.vocab_size, max(1, columns // COLUMN_MULTIPLE) * COLUMN_MULTIPLE)
+
+    def __call__(self, kernel: Any, rows: slice, columns: slice, **arguments: Any) -> None:
+        """Runs a kernel over the tiles of a block of the logits."""
+        problem, config = self.problem, self.config
+        hidden, weight = self.hidden[rows], problem.weight_rows(columns)
+        row_blocks = -(-hidden.shape[0] // config.block_n)
+        num_tiles = row_blocks * -(-weight.shape[0] // config.block_v)
+        programs = min(num_tiles, self.processors)
+        tma = self.tma and _describable(hidden) and _describable(weight)
+        kernel[(programs,)](
+            hidden=_descriptor(hidden, config.block_n, config) if tma else hidden,
+            weight=_descriptor(weight, config.block_v, config) if tma else weight,
+            bias=None if problem.bias is None else problem.bias[columns],
+            target=None if problem.target is None else problem.target[rows],
+            total_weight=None if problem.total_weight is None else problem.total_weight[columns],
+            num_rows=hidden.shape[0],
+            num_columns=weight.shape[0],
+            width=problem.width,
+            first_column=columns.start,
+            ignore_index=0 if problem.ignore_index is None else problem.ignore_index,
+            stride_hn=hidden.stride(0),
+            stride_hd=hidden.stride(1),
+            stride_wv=weight.stride(0),
+            stride_wd=weight.stride(1),
+            HAS_BIAS=problem.bias is not None,
+            HAS_TARGET=problem.target is not None,
+            HAS_IGNORE_INDEX=problem.ignore_index is not None,
+            WANT_TOTAL=problem.want_total,
+            HAS_TOTAL_WEIGHT=problem.total_weight is not None,
+            USE_TMA=tma,
+            PRECISION=self.precision,
+            BLOCK_N=config.block_n,
+            BLOCK_V=config.block_v,
+            BLOCK_D=config.block_d,
+            GROUP_ROWS=self._group_rows(),
+            NUM_PROGRAMS=programs,
+            FLATTEN=config.flatten,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            **arguments,
+        )
+
+    def _group_rows(self) -> int:
+        """Row blocks whose hidden states fit in their share of the L2 cache; a power of two, to compile few variants."""
+        block_bytes = self.config.block_n * self.problem.width * self.problem.compute_dtype.itemsize
+        blocks = max(8, L2_SHARE_BYTES // block_bytes)
+        return 1 << (blocks.bit_length() - 1)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Rows that a TMA descriptor can describe, copied if that is what it takes and possible; [N, D] is small."""
+    return tensor if _describable(tensor) else tensor.contiguous()
+
+
+def _describable(tensor: Tensor) -> bool:
+    """TMA needs contiguous rows that start at multiples of 16 bytes."""
+    return (
+        tensor.stride(1) == 1
+        and tensor.stride(0) * tensor.element_size() % 16 == 0
+        and tensor.stride(0) >= tensor.shape[1]
+        and tensor.data_ptr() % 16 == 0
+    )
+
+
+def _descriptor(tensor: Tensor, rows: int, config: TileConfig) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(tensor, [rows, config.block_d])

@@ -1,0 +1,164 @@
+"""The operators as PyTorch knows them: schema, shapes, gradients and FLOP counts.
+
+    cce_inductor::vocab_reductions(hidden [N, D], weight [V, D], bias [V]?, target [N]?, total_weight [V]?, ...)
+        -> lse [N], picked [N], total [N]
+
+`reference.py` says what is computed. `logit_map` is the text of a `LogitMap`; `compute_dtype` is the dtype that the
+operands of the matmuls are cast to (autocast: a float32 parameter with bfloat16 arithmetic), while gradients come back in
+each input's own dtype; `want_total` asks for the third result (it is zero otherwise); `workspace_mib` bounds the scratch
+memory of the backward.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ..logit_map import LogitMap
+from . import cpu, cuda
+from .problem import Problem, accumulate_dtype, check
+
+NAMESPACE = "cce_inductor"
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+_library.define(
+    "vocab_reductions(Tensor hidden, Tensor weight, Tensor? bias, Tensor? target, Tensor? total_weight, *, "
+    "str logit_map, bool want_total, int? ignore_index, ScalarType compute_dtype, int workspace_mib) "
+    "-> (Tensor lse, Tensor picked, Tensor total)"
+)
+_library.define(
+    "vocab_reductions_backward(Tensor grad_lse, Tensor grad_picked, Tensor grad_total, Tensor lse, Tensor hidden, "
+    "Tensor weight, Tensor? bias, Tensor? target, Tensor? total_weight, *, str logit_map, bool want_total, "
+    "int? ignore_index, ScalarType compute_dtype, int workspace_mib, bool[] needs_grad) "
+    "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
+)
+
+
+def _forward(
+    implementation: Any, hidden: Tensor, *args: Any, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    problem = Problem.of(hidden, *args, **options)
+    # the operands have their dtype already: an ambient autocast must not cast them again
+    with torch.autocast(hidden.device.type, enabled=False):
+        return implementation.forward(problem)
+
+
+def _backward(
+    implementation: Any,
+    grad_lse: Tensor,
+    grad_picked: Tensor,
+    grad_total: Tensor,
+    lse: Tensor,
+    hidden: Tensor,
+    *args: Any,
+    needs_grad: list[bool],
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    problem = Problem.of(hidden, *args, **options)
+    grads = [g.contiguous() for g in (grad_lse, grad_picked, grad_total)]
+    with torch.autocast(hidden.device.type, enabled=False):
+        return implementation.backward(problem, lse, grads, needs_grad)
+
+
+for _key, _implementation in (("CPU", cpu), ("CUDA", cuda)):
+
+    def _bind(function: Any, implementation: Any) -> Any:
+        return lambda *args, **kwargs: function(implementation, *args, **kwargs)
+
+    _library.impl("vocab_reductions", _bind(_forward, _implementation), _key)
+    _library.impl("vocab_reductions_backward", _bind(_backward, _implementation), _key)
+
+vocab_reductions = torch.ops.cce_inductor.vocab_reductions.default
+vocab_reductions_backward = torch.ops.cce_inductor.vocab_reductions_backward.default
+
+
+@torch.library.register_fake(f"{NAMESPACE}::vocab_reductions", lib=_library)
+def _forward_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor | None,
+    total_weight: Tensor | None,
+    *,
+    compute_dtype: torch.dtype,
+    logit_map: str,
+    **_: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check(hidden, weight, bias, target, total_weight, compute_dtype)
+    LogitMap.parse(logit_map)
+    lse, picked, total = (
+        hidden.new_empty((hidden.shape[0],), dtype=accumulate_dtype(compute_dtype)) for _ in range(3)
+    )
+    return lse, picked, total
+
+
+@torch.library.register_fake(f"{NAMESPACE}::vocab_reductions_backward", lib=_library)
+def _backward_fake(
+    grad_lse: Tensor,
+    grad_picked: Tensor,
+    grad_total: Tensor,
+    lse: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *_: Any,
+    needs_grad: list[bool],
+    **__: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = (hidden, weight, bias)
+    grad_hidden, grad_weight, grad_bias = (
+        tensor.new_empty(tensor.shape) if tensor is not None and needed else hidden.new_empty(0)
+        for tensor, needed in zip(inputs, needs_grad, strict=True)
+    )
+    return grad_hidden, grad_weight, grad_bias
+
+
+def _save_for_backward(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: tuple) -> None:
+    ctx.save_for_backward(output[0], *inputs)
+    ctx.options = keyword_only_inputs
+
+
+def _gradients(ctx: Any, grad_lse: Tensor, grad_picked: Tensor, grad_total: Tensor) -> tuple:
+    needs_grad = list(ctx.needs_input_grad[:3])
+    grads = vocab_reductions_backward(
+        grad_lse, grad_picked, grad_total, *ctx.saved_tensors, **ctx.options, needs_grad=needs_grad
+    )
+    return *(grad if needed else None for grad, needed in zip(grads, needs_grad, strict=True)), None, None
+
+
+torch.library.register_autograd(
+    f"{NAMESPACE}::vocab_reductions", _gradients, setup_context=_save_for_backward, lib=_library
+)
+
+
+def _no_double_backward(ctx: Any, *_: Tensor) -> tuple:
+    raise NotImplementedError(
+        "the gradient of a linear cross-entropy cannot be differentiated again by cce_inductor; "
+        'compile with backend="inductor" where you need second derivatives'
+    )
+
+
+torch.library.register_autograd(f"{NAMESPACE}::vocab_reductions_backward", _no_double_backward, lib=_library)
+
+
+@register_flop_formula(torch.ops.cce_inductor.vocab_reductions)
+def _forward_flops(hidden: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
+    """One matmul: 2 N V D."""
+    return 2 * hidden[0] * weight[0] * weight[1]
+
+
+@register_flop_formula(torch.ops.cce_inductor.vocab_reductions_backward)
+def _backward_flops(
+    grad_lse: torch.Size,
+    grad_picked: torch.Size,
+    grad_total: torch.Size,
+    lse: torch.Size,
+    hidden: torch.Size,
+    weight: torch.Size,
+    *_: Any,
+    needs_grad: list[bool],
+    **__: Any,
+) -> int:
+    """The logits again, and one matmul for each of the gradients of hidden and weight."""
+    return 2 * hidden[0] * weight[0] * weight[1] * (1 + needs_grad[0] + needs_grad[1])

@@ -1,0 +1,40 @@
+"""The specification of the operators, in plain PyTorch. Readable first, differentiable, exact in float64.
+
+With logits x = f(hidden @ weight.T + bias), of shape [N, V]:
+
+    lse[n]    = log(sum over v of exp(x[n, v]))
+    picked[n] = x[n, target[n]]                     (0 where target[n] == ignore_index)
+    total[n]  = sum over v of total_weight[v] * x[n, v]
+
+Every loss of the package is arithmetic on these vectors of length N (`losses.py`).
+"""
+
+import torch
+from torch import Tensor
+
+from ..logit_map import LogitMap
+
+
+def vocab_reductions(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    bias: Tensor | None = None,  # [V]
+    target: Tensor | None = None,  # [N], integers in [0, V) or ignore_index
+    total_weight: Tensor | None = None,  # [V]; None stands for ones
+    logit_map: LogitMap | None = None,
+    ignore_index: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # lse [N], picked [N], total [N]
+    """The three reductions over the whole vocabulary, in the dtype of `hidden`; holds all N x V logits."""
+    logits = hidden @ weight.T
+    if bias is not None:
+        logits = logits + bias
+    if logit_map is not None:
+        logits = logit_map(logits)
+    lse = torch.logsumexp(logits, dim=-1)
+    total = (logits if total_weight is None else logits * total_weight).sum(dim=-1)
+    if target is None:
+        return lse, torch.zeros_like(lse), total
+    ignored = torch.zeros_like(target, dtype=torch.bool) if ignore_index is None else target == ignore_index
+    index = target.masked_fill(ignored, 0).unsqueeze(-1)
+    picked = logits.gather(-1, index).squeeze(-1).masked_fill(ignored, 0)
+    return lse, picked, total

@@ -1,0 +1,42 @@
+"""The examples run as a user runs them, at a size that takes seconds."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+STEPS, VOCAB = 8, 512
+TINY = {"steps": STEPS, "vocab": VOCAB, "batch": 2, "seq-len": 64, "layers": 1, "width": 64, "device": "cpu"}
+
+
+def test_train_gpt_learns_the_same_with_every_method(tmp_path):
+    options = [f"--{name}={value}" for name, value in TINY.items()]
+    # One compiler cache for both compiled methods: most of their kernels are the same.
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, str(EXAMPLES / "train_gpt.py"), *options, f"--output={tmp_path}"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+    results = {r["method"]: r for r in json.loads((tmp_path / "train_gpt.json").read_text())}
+    assert list(results) == ["eager", "inductor", "cce"]
+    assert results["cce"]["rewrites"] == 1
+    for result in results.values():
+        assert len(result["losses"]) == STEPS
+        assert result["losses"][-1] < result["losses"][0]
+    # Same weights and batches in float32: what differs is the order of sums, the longest over the vocabulary.
+    # VOCAB units of rounding bound what that does to one loss, and so few steps amplify it little.
+    tolerance = VOCAB * 2**-24 * results["eager"]["losses"][0]
+    assert results["cce"]["difference"] < tolerance
+    assert (tmp_path / "train_gpt.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_train_gpt_stops_where_nothing_is_rewritten(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    from train_gpt import first_step_with_reports
+
+    with pytest.raises(SystemExit, match="rewrote nothing"):
+        first_step_with_reports(lambda: 0.0)
