@@ -10,10 +10,10 @@ One program owns each tile of dz. The products of dz with hidden and weight are 
 import triton
 import triton.language as tl
 
-from .tile import preactivations, tile_position
+from .tile import position_in_tile, preactivations, tile_position
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "first_column", "ignore_index"])
 def gradient_kernel(
     hidden,
     weight,
@@ -65,26 +65,25 @@ def gradient_kernel(
         rows = row + tl.arange(0, BLOCK_N)
         columns = column + tl.arange(0, BLOCK_V)
         row_mask = rows < num_rows
+        column_mask = columns < num_columns
         row_lse = tl.load(lse + rows, mask=row_mask, other=0.0)
         row_grad = tl.load(grad_lse + rows, mask=row_mask, other=0.0)
         dx = tl.exp(x - row_lse[:, None]) * row_grad[:, None]
         if HAS_TARGET:
             targets = tl.load(target + rows, mask=row_mask, other=-1)
-            target_grad = tl.load(grad_picked + rows, mask=row_mask, other=0.0)
-            if HAS_IGNORE_INDEX:
-                target_grad = tl.where(targets == ignore_index, 0.0, target_grad)
-            local = targets - first_column - column
-            local = tl.where((local >= 0) & (local < BLOCK_V), local, -1).to(tl.int32)
-            hit = tl.arange(0, BLOCK_V)[None, :] == local[:, None]
-            dx += tl.where(hit, target_grad[:, None], 0.0)
+            local, inside = position_in_tile(
+                targets, first_column + column, ignore_index, HAS_IGNORE_INDEX, BLOCK_V
+            )
+            if tl.max(inside.to(tl.int32), 0) > 0:  # most tiles hold the target of none of their rows
+                target_grad = tl.load(grad_picked + rows, mask=row_mask & inside, other=0.0)
+                hit = tl.arange(0, BLOCK_V)[None, :] == local[:, None]
+                dx += tl.where(hit, target_grad[:, None], 0.0)
         if WANT_TOTAL:
             total_grad = tl.load(grad_total + rows, mask=row_mask, other=0.0)[:, None]
             if HAS_TOTAL_WEIGHT:
-                weights = tl.load(total_weight + columns, mask=columns < num_columns, other=0.0).to(
-                    tl.float32
-                )
-                total_grad = total_grad * weights[None, :]
+                scale = tl.load(total_weight + columns, mask=column_mask, other=0.0).to(tl.float32)
+                total_grad = total_grad * scale[None, :]
             dx += total_grad
         offsets = rows[:, None].to(tl.int64) * stride_dz + columns[None, :]
-        mask = row_mask[:, None] & (columns < num_columns)[None, :]
+        mask = row_mask[:, None] & column_mask[None, :]
         tl.store(dz + offsets, (dx * slope).to(dz.dtype.element_ty), mask=mask)

@@ -12,10 +12,10 @@ with locks instead). The kernel is persistent: as many programs as multiprocesso
 import triton
 import triton.language as tl
 
-from .tile import preactivations, tile_position
+from .tile import position_in_tile, preactivations, tile_position
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "first_column", "first_tile", "ignore_index"])
 def forward_kernel(
     hidden,
     weight,
@@ -65,31 +65,27 @@ def forward_kernel(
         rows = row + tl.arange(0, BLOCK_N)
         columns = column + tl.arange(0, BLOCK_V)
         row_mask = rows < num_rows
-        column_mask = (columns < num_columns)[None, :]
+        column_mask = columns < num_columns
         result_offsets = (first_tile + column_block).to(tl.int64) * num_rows + rows
 
         if WANT_TOTAL:
-            scaled = x
+            weighted = x
             if HAS_TOTAL_WEIGHT:
-                scaled = (
-                    x
-                    * tl.load(total_weight + columns, mask=columns < num_columns, other=0.0).to(tl.float32)[
-                        None, :
-                    ]
-                )
-            tl.store(
-                tile_total + result_offsets, tl.sum(tl.where(column_mask, scaled, 0.0), 1), mask=row_mask
-            )
+                scale = tl.load(total_weight + columns, mask=column_mask, other=0.0).to(tl.float32)
+                weighted = x * scale[None, :]
+            weighted = tl.where(column_mask[None, :], weighted, 0.0)
+            tl.store(tile_total + result_offsets, tl.sum(weighted, 1), mask=row_mask)
         if HAS_TARGET:
             targets = tl.load(target + rows, mask=row_mask, other=-1)
-            local = targets - first_column - column
-            inside = row_mask & (local >= 0) & (local < BLOCK_V) & (targets < first_column + num_columns)
-            if HAS_IGNORE_INDEX:
-                inside = inside & (targets != ignore_index)
-            hit = tl.arange(0, BLOCK_V)[None, :] == local.to(tl.int32)[:, None]
-            tl.store(picked + rows, tl.sum(tl.where(hit, x, 0.0), 1), mask=inside)
+            local, inside = position_in_tile(
+                targets, first_column + column, ignore_index, HAS_IGNORE_INDEX, BLOCK_V
+            )
+            if tl.max(inside.to(tl.int32), 0) > 0:  # most tiles hold the target of none of their rows
+                hit = tl.arange(0, BLOCK_V)[None, :] == local[:, None]
+                tl.store(picked + rows, tl.sum(tl.where(hit, x, 0.0), 1), mask=row_mask & inside)
 
-        x = tl.where(column_mask, x, -float("inf"))
+        if column + BLOCK_V > num_columns:
+            x = tl.where(column_mask[None, :], x, -float("inf"))
         peak = tl.max(x, 1)
         shift = tl.where(peak == -float("inf"), 0.0, peak)
         lse = shift + tl.log(tl.sum(tl.exp(x - shift[:, None]), 1))

@@ -25,6 +25,18 @@ def tile_position(tile, num_row_blocks, num_column_blocks, GROUP_ROWS: tl.conste
 
 
 @triton.jit
+def position_in_tile(
+    targets, first_column, ignore_index, HAS_IGNORE_INDEX: tl.constexpr, BLOCK_V: tl.constexpr
+):
+    """(column of each row's target within the tile, whether the tile holds it and it is not ignored)."""
+    local = targets - first_column  # 64-bit, as targets are
+    inside = (local >= 0) & (local < BLOCK_V)
+    if HAS_IGNORE_INDEX:
+        inside = inside & (targets != ignore_index)
+    return tl.where(inside, local, -1).to(tl.int32), inside
+
+
+@triton.jit
 def _load_block(
     pointer, row, depth, num_rows, num_depth, stride_row, stride_depth, ROWS: tl.constexpr, K: tl.constexpr
 ):

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .problem import Problem, spans
 
-Fill = Callable[[slice, slice, Tensor], None]
-"""fill(rows, columns, out): writes the block of dz into out [rows, columns]."""
+Fill = Callable[[slice, slice, Tensor, Tensor], None]
+"""fill(rows, columns, weight, out): writes the block of dz into out [rows, columns]; weight holds those columns."""
 
 
 def exact_backward(
@@ -25,44 +25,40 @@ def exact_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(grad_hidden, grad_weight, grad_bias), each in its input's dtype; empty where not needed."""
     needs_hidden, needs_weight, needs_bias = needs_grad
-    empty = problem.hidden.new_empty(0)
-    accumulate = {"dtype": problem.accumulate_dtype, "device": problem.hidden.device}
-    grad_hidden = torch.zeros(problem.hidden.shape, **accumulate) if needs_hidden else empty
+    hidden, vocab_size = problem.hidden, problem.vocab_size
+    empty = hidden.new_empty(0)
+    # with no row or no column nothing is ever written
+    allocate = torch.empty if min(hidden.shape[0], vocab_size) > 0 else torch.zeros
+    sums = {"dtype": problem.accumulate_dtype, "device": hidden.device}
+    grad_hidden = allocate(hidden.shape, **sums) if needs_hidden else empty
     grad_weight = (
-        torch.zeros_like(problem.weight, memory_format=torch.contiguous_format) if needs_weight else empty
+        allocate(problem.weight.shape, dtype=problem.weight.dtype, device=hidden.device)
+        if needs_weight
+        else empty
     )
-    grad_bias = torch.zeros(problem.vocab_size, **accumulate) if needs_bias else empty
-    workspace = torch.empty(
-        block_rows, block_columns, dtype=problem.compute_dtype, device=problem.hidden.device
-    )
+    grad_bias = problem.zeros(vocab_size) if needs_bias else empty
+    workspace = hidden.new_empty(block_rows, block_columns)
     row_blocks = list(spans(problem.num_rows, block_rows))
+    # one product completes a slice of the weight's gradient: it goes to its place without a sum in between
+    direct = len(row_blocks) == 1 and grad_weight.dtype in (hidden.dtype, problem.accumulate_dtype)
 
-    for columns in spans(problem.vocab_size, block_columns):
+    for columns in spans(vocab_size, block_columns):
         weight = problem.weight_rows(columns)
-        slice_grad = (
-            _slice_accumulator(grad_weight[columns], len(row_blocks), accumulate) if needs_weight else empty
-        )
+        if needs_weight:
+            slice_grad = grad_weight[columns] if direct else torch.empty(weight.shape, **sums)
         for rows in row_blocks:
             dz = workspace[: rows.stop - rows.start, : columns.stop - columns.start]
-            fill(rows, columns, dz)
+            fill(rows, columns, weight, dz)
             if needs_hidden:
                 add_matmul(grad_hidden[rows], dz, weight, first=columns.start == 0)
             if needs_weight:
-                add_matmul(slice_grad, dz.T, problem.hidden_rows(rows), first=rows.start == 0)
+                add_matmul(slice_grad, dz.T, hidden[rows], first=rows.start == 0)
             if needs_bias:
                 grad_bias[columns] += dz.sum(0, dtype=problem.accumulate_dtype)
-        if needs_weight and len(row_blocks) > 1:
+        if needs_weight and row_blocks and not direct:
             grad_weight[columns] = slice_grad
-    return (
-        grad_hidden.to(problem.hidden.dtype),
-        grad_weight,
-        grad_bias.to(problem.bias.dtype) if problem.bias is not None else empty,
-    )
-
-
-def _slice_accumulator(grad: Tensor, num_row_blocks: int, accumulate: dict) -> Tensor:
-    """Where the weight gradient of a slice is summed: its final place where one product completes it."""
-    return grad if num_row_blocks <= 1 else torch.zeros(grad.shape, **accumulate)
+    bias_dtype = problem.accumulate_dtype if problem.bias is None else problem.bias.dtype
+    return grad_hidden.to(problem.hidden_dtype), grad_weight, grad_bias.to(bias_dtype)
 
 
 def add_matmul(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:

@@ -15,9 +15,10 @@ BLOCK_BYTES = 4 * MIB  # of one block of logits in float32: stays in a last-leve
 
 def _block_shape(problem: Problem) -> tuple[int, int]:
     """(rows, columns) of a block: many rows, so that each slice of the weight is read a few times only."""
-    budget = min(BLOCK_BYTES, problem.workspace_bytes) // problem.accumulate_dtype.itemsize
+    size = problem.workspace_bytes if problem.hidden.is_cuda else min(BLOCK_BYTES, problem.workspace_bytes)
     rows = max(1, min(problem.num_rows, BLOCK_ROWS))
-    return rows, max(1, min(problem.vocab_size, budget // rows))
+    columns = size // problem.accumulate_dtype.itemsize // rows
+    return rows, max(1, min(problem.vocab_size, columns))
 
 
 def _preactivations(problem: Problem, hidden: Tensor, weight: Tensor, columns: slice) -> Tensor:
@@ -29,18 +30,24 @@ def _preactivations(problem: Problem, hidden: Tensor, weight: Tensor, columns: s
 
 
 def _check_targets(problem: Problem) -> None:
-    """Raises eager's error for a target outside the vocabulary."""
+    """Raises eager's error for a target outside the vocabulary: cross_entropy's, or gather's without ignore_index."""
     if problem.target is None:
         return
     bad = (problem.target < 0) | (problem.target >= problem.vocab_size)
     if problem.ignore_index is not None:
         bad &= problem.target != problem.ignore_index
     if bad.any():
-        raise IndexError(f"Target {problem.target[bad][0].item()} is out of bounds.")
+        first = problem.target[bad][0].item()
+        if problem.ignore_index is None:
+            raise RuntimeError(
+                f"index {first} is out of bounds for dimension 1 with size {problem.vocab_size}"
+            )
+        raise IndexError(f"Target {first} is out of bounds.")
 
 
 def _target_columns(problem: Problem, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
     """(index [rows, 1] into the block, whether [rows, 1] the row's target lies in the block and counts)."""
+    assert problem.target is not None
     target = problem.target[rows]
     inside = (target >= columns.start) & (target < columns.stop)
     if problem.ignore_index is not None:
@@ -49,24 +56,31 @@ def _target_columns(problem: Problem, rows: slice, columns: slice) -> tuple[Tens
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """lse, picked and total, each [N], merged over vocabulary slices: logaddexp of the slices' log-sum-exps."""
+    """lse, picked and total, each [N]; the lse of all columns is the log-sum-exp of the slices'."""
     if not problem.hidden.is_cuda:
         _check_targets(problem)
-    shape, options = (problem.num_rows,), {"dtype": problem.accumulate_dtype, "device": problem.hidden.device}
-    lse = torch.full(shape, -torch.inf, **options)
-    picked, total = torch.zeros(shape, **options), torch.zeros(shape, **options)
     block_rows, block_columns = _block_shape(problem)
-    for columns in spans(problem.vocab_size, block_columns):
+    slices = list(spans(problem.vocab_size, block_columns))
+    picked, total = problem.zeros(problem.num_rows), problem.zeros(problem.num_rows)
+    slice_lse = problem.zeros(len(slices), problem.num_rows)
+    for number, columns in enumerate(slices):
         weight = problem.weight_rows(columns)
         for rows in spans(problem.num_rows, block_rows):
-            x = problem.logit_map(_preactivations(problem, problem.hidden_rows(rows), weight, columns))
+            x = problem.logit_map(_preactivations(problem, problem.hidden[rows], weight, columns))
             if problem.target is not None:
                 index, inside = _target_columns(problem, rows, columns)
                 picked[rows] += torch.where(inside, x.gather(1, index), 0.0).squeeze(1)
             if problem.want_total:
                 total[rows] += _weighted_sum(problem, x, columns)
-            lse[rows] = torch.logaddexp(lse[rows], torch.logsumexp(x, dim=1))
-    return lse, picked, total
+            slice_lse[number, rows] = _logsumexp_(x)
+    return torch.logsumexp(slice_lse, 0), picked, total
+
+
+def _logsumexp_(x: Tensor) -> Tensor:
+    """log(sum over columns of exp(x)), nan where x has a nan or +inf; overwrites x."""
+    peak = x.amax(1, keepdim=True)
+    shift = peak.masked_fill(peak == -torch.inf, 0.0)
+    return x.sub_(shift).exp_().sum(1).log_().add_(shift.squeeze(1))
 
 
 def _weighted_sum(problem: Problem, x: Tensor, columns: slice) -> Tensor:
@@ -79,16 +93,16 @@ def backward(
     """Gradients of hidden, weight and bias for the gradients [lse, picked, total] of the results."""
     grad_lse, grad_picked, grad_total = (g.unsqueeze(1) for g in grads)
 
-    def fill(rows: slice, columns: slice, out: Tensor) -> None:
-        z = _preactivations(problem, problem.hidden_rows(rows), problem.weight_rows(columns), columns)
+    def fill(rows: slice, columns: slice, weight: Tensor, out: Tensor) -> None:
+        z = _preactivations(problem, problem.hidden[rows], weight, columns)
         x, slope = problem.logit_map.value_and_derivative(z)
         dx = torch.sub(x, lse[rows].unsqueeze(1)).exp_().mul_(grad_lse[rows])
         if problem.target is not None:
             index, inside = _target_columns(problem, rows, columns)
             dx.scatter_add_(1, index, torch.where(inside, grad_picked[rows], 0.0))
         if problem.want_total:
-            weight = 1.0 if problem.total_weight is None else problem.total_weight[columns].to(dx.dtype)
-            dx += grad_total[rows] * weight
+            total_weight = 1.0 if problem.total_weight is None else problem.total_weight[columns].to(dx.dtype)
+            dx += grad_total[rows] * total_weight
         out.copy_(dx if slope is None else dx.mul_(slope))
 
     return exact_backward(problem, needs_grad, *_block_shape(problem), fill)

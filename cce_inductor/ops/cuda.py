@@ -9,14 +9,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..kernels import template
 from ..kernels.backward import gradient_kernel
-from ..kernels.config import TileConfig, tile_config
+from ..kernels.config import tile_config
 from ..kernels.forward import forward_kernel
 from . import cpu
 from .blocks import exact_backward
-from .problem import Problem, spans
+from .problem import MIB, Problem, spans
 
 COLUMN_MULTIPLE = 256  # vocabulary slices are multiples of the widest tile
-L2_SHARE_BYTES = 24 << 20  # hidden states that a group of row blocks may keep in the L2 cache
+NARROWEST_SLICE = 8 * COLUMN_MULTIPLE  # below this, the matmuls of the backward would be short of work
+L2_SHARE_BYTES = 24 * MIB  # hidden states that a group of row blocks may keep in the L2 cache
 
 
 def supported(problem: Problem) -> bool:
@@ -38,21 +39,20 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
         return cpu.forward(problem)
     launch = Launch(problem, backward=False)
     tiles = -(-problem.vocab_size // launch.config.block_v)
-    float32 = {"dtype": torch.float32, "device": problem.hidden.device}
-    tile_lse = torch.empty(tiles, problem.num_rows, **float32)
+    tile_lse = torch.empty(tiles, problem.num_rows, dtype=torch.float32, device=problem.hidden.device)
     tile_total = torch.empty_like(tile_lse) if problem.want_total else None
-    picked = torch.zeros(problem.num_rows, **float32)
-    module = template.load(problem.logit_map)
-    for columns in launch.forward_slices():
+    picked = problem.zeros(problem.num_rows)
+    for columns in _forward_slices(problem):
         launch(
             forward_kernel,
             slice(0, problem.num_rows),
             columns,
+            problem.weight_rows(columns),
             tile_lse=tile_lse,
             tile_total=tile_total,
             picked=picked,
             first_tile=columns.start // launch.config.block_v,
-            VALUE=module.value,
+            VALUE=template.load(problem.logit_map).value,
         )
     total = torch.zeros_like(picked) if tile_total is None else tile_total.sum(0)
     return torch.logsumexp(tile_lse, 0), picked, total
@@ -65,31 +65,39 @@ def backward(
     if not supported(problem):
         return cpu.backward(problem, lse, grads, needs_grad)
     launch = Launch(problem, backward=True)
-    module = template.load(problem.logit_map)
+    value_and_slope = template.load(problem.logit_map).value_and_slope
 
-    def fill(rows: slice, columns: slice, out: Tensor) -> None:
+    def fill(rows: slice, columns: slice, weight: Tensor, out: Tensor) -> None:
         grad_lse, grad_picked, grad_total = (grad[rows] for grad in grads)
         launch(
             gradient_kernel,
             rows,
             columns,
+            weight,
             lse=lse[rows],
             grad_lse=grad_lse,
             grad_picked=grad_picked,
             grad_total=grad_total,
             dz=out,
             stride_dz=out.stride(0),
-            VALUE_AND_SLOPE=module.value_and_slope,
+            VALUE_AND_SLOPE=value_and_slope,
         )
 
     return exact_backward(problem, needs_grad, *_block_shape(problem), fill)
 
 
+def _forward_slices(problem: Problem) -> list[slice]:
+    """One slice, unless the weight has to be cast: then slices whose cast fits in the workspace."""
+    if problem.weight.dtype == problem.compute_dtype:
+        return [slice(0, problem.vocab_size)]
+    columns = problem.workspace_bytes // (problem.compute_dtype.itemsize * problem.width)
+    return list(spans(problem.vocab_size, max(1, columns // COLUMN_MULTIPLE) * COLUMN_MULTIPLE))
+
+
 def _block_shape(problem: Problem) -> tuple[int, int]:
     """(rows, columns) of a block of dz that fits in the workspace: all rows, unless slices would get too narrow."""
     elements = problem.workspace_bytes // problem.compute_dtype.itemsize
-    narrowest = min(problem.vocab_size, 8 * COLUMN_MULTIPLE)
-    rows = max(1, min(problem.num_rows, elements // narrowest))
+    rows = max(1, min(problem.num_rows, elements // min(problem.vocab_size, NARROWEST_SLICE)))
     columns = max(1, elements // rows // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
     return rows, min(columns, -(-problem.vocab_size // 8) * 8)
 
@@ -106,8 +114,11 @@ def _assert_targets(problem: Problem) -> None:
 
 
 @functools.lru_cache
-def _device_properties(index: int) -> tuple[tuple[int, int], int]:
-    properties = torch.cuda.get_device_properties(index)
+def _device_properties(device: torch.device) -> tuple[tuple[int, int] | None, int]:
+    """(compute capability, multiprocessors); on the CPU Triton's interpreter runs the kernels: None and a few."""
+    if device.type == "cpu":
+        return None, 4
+    properties = torch.cuda.get_device_properties(device)
     return (properties.major, properties.minor), properties.multi_processor_count
 
 
@@ -116,34 +127,27 @@ class Launch:
 
     def __init__(self, problem: Problem, backward: bool) -> None:
         self.problem = problem
-        device = problem.hidden.device
-        # on the CPU only Triton's interpreter runs the kernels, which has no processors to count
-        capability, self.processors = _device_properties(device.index) if device.type == "cuda" else (None, 4)
+        capability, self.processors = _device_properties(problem.hidden.device)
         full = torch.get_float32_matmul_precision() == "highest"
         self.precision = "ieee" if full and problem.compute_dtype == torch.float32 else "tf32"
         self.config = tile_config(problem.compute_dtype, self.precision, capability, backward)
         self.tma = capability is None or capability >= (9, 0)
-        self.hidden = _aligned(problem.hidden_rows(slice(0, problem.num_rows)))
+        # the interpreter would multiply bfloat16 as if it were integers
+        self.widen = capability is None and problem.compute_dtype == torch.bfloat16
+        self.hidden = problem.hidden if _describable(problem.hidden) else problem.hidden.contiguous()
 
-    def forward_slices(self) -> Any:
-        """One slice, unless the weight has to be cast: then slices whose cast fits in the workspace."""
-        problem = self.problem
-        if problem.weight.dtype == problem.compute_dtype:
-            return [slice(0, problem.vocab_size)]
-        columns = problem.workspace_bytes // (problem.compute_dtype.itemsize * problem.width)
-        return spans(problem.vocab_size, max(1, columns // COLUMN_MULTIPLE) * COLUMN_MULTIPLE)
-
-    def __call__(self, kernel: Any, rows: slice, columns: slice, **arguments: Any) -> None:
-        """Runs a kernel over the tiles of a block of the logits."""
+    def __call__(self, kernel: Any, rows: slice, columns: slice, weight: Tensor, **arguments: Any) -> None:
+        """Runs a kernel over the tiles of a block of the logits; `weight` holds its columns."""
         problem, config = self.problem, self.config
-        hidden, weight = self.hidden[rows], problem.weight_rows(columns)
-        row_blocks = -(-hidden.shape[0] // config.block_n)
-        num_tiles = row_blocks * -(-weight.shape[0] // config.block_v)
-        programs = min(num_tiles, self.processors)
+        hidden = self.hidden[rows]
+        if self.widen:
+            hidden, weight = hidden.float(), weight.float()
+        tiles = -(-hidden.shape[0] // config.block_n) * -(-weight.shape[0] // config.block_v)
+        programs = min(tiles, self.processors)
         tma = self.tma and _describable(hidden) and _describable(weight)
         kernel[(programs,)](
-            hidden=_descriptor(hidden, config.block_n, config) if tma else hidden,
-            weight=_descriptor(weight, config.block_v, config) if tma else weight,
+            hidden=TensorDescriptor.from_tensor(hidden, [config.block_n, config.block_d]) if tma else hidden,
+            weight=TensorDescriptor.from_tensor(weight, [config.block_v, config.block_d]) if tma else weight,
             bias=None if problem.bias is None else problem.bias[columns],
             target=None if problem.target is None else problem.target[rows],
             total_weight=None if problem.total_weight is None else problem.total_weight[columns],
@@ -175,15 +179,10 @@ class Launch:
         )
 
     def _group_rows(self) -> int:
-        """Row blocks whose hidden states fit in their share of the L2 cache; a power of two, to compile few variants."""
+        """Row blocks whose hidden states fit in their share of the L2 cache; a power of two: few variants."""
         block_bytes = self.config.block_n * self.problem.width * self.problem.compute_dtype.itemsize
         blocks = max(8, L2_SHARE_BYTES // block_bytes)
         return 1 << (blocks.bit_length() - 1)
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    """Rows that a TMA descriptor can describe, copied if that is what it takes and possible; [N, D] is small."""
-    return tensor if _describable(tensor) else tensor.contiguous()
 
 
 def _describable(tensor: Tensor) -> bool:
@@ -194,7 +193,3 @@ def _describable(tensor: Tensor) -> bool:
         and tensor.stride(0) >= tensor.shape[1]
         and tensor.data_ptr() % 16 == 0
     )
-
-
-def _descriptor(tensor: Tensor, rows: int, config: TileConfig) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(tensor, [rows, config.block_d])

@@ -9,6 +9,9 @@ each input's own dtype; `want_total` asks for the third result (it is zero other
 memory of the backward.
 """
 
+import contextlib
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -35,13 +38,18 @@ _library.define(
 )
 
 
+@contextlib.contextmanager
+def _plain_context(tensor: Tensor) -> Iterator[None]:
+    """On the tensor's GPU, and without ambient autocast: the operands have the dtypes that they should have."""
+    with torch.autocast(tensor.device.type, enabled=False), torch.cuda.device_of(tensor):
+        yield
+
+
 def _forward(
     implementation: Any, hidden: Tensor, *args: Any, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    problem = Problem.of(hidden, *args, **options)
-    # the operands have their dtype already: an ambient autocast must not cast them again
-    with torch.autocast(hidden.device.type, enabled=False):
-        return implementation.forward(problem)
+    with _plain_context(hidden):
+        return implementation.forward(Problem.of(hidden, *args, **options))
 
 
 def _backward(
@@ -55,19 +63,14 @@ def _backward(
     needs_grad: list[bool],
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    problem = Problem.of(hidden, *args, **options)
-    grads = [g.contiguous() for g in (grad_lse, grad_picked, grad_total)]
-    with torch.autocast(hidden.device.type, enabled=False):
-        return implementation.backward(problem, lse, grads, needs_grad)
+    lse, *grads = (vector.contiguous() for vector in (lse, grad_lse, grad_picked, grad_total))
+    with _plain_context(hidden):
+        return implementation.backward(Problem.of(hidden, *args, **options), lse, grads, needs_grad)
 
 
 for _key, _implementation in (("CPU", cpu), ("CUDA", cuda)):
-
-    def _bind(function: Any, implementation: Any) -> Any:
-        return lambda *args, **kwargs: function(implementation, *args, **kwargs)
-
-    _library.impl("vocab_reductions", _bind(_forward, _implementation), _key)
-    _library.impl("vocab_reductions_backward", _bind(_backward, _implementation), _key)
+    _library.impl("vocab_reductions", functools.partial(_forward, _implementation), _key)
+    _library.impl("vocab_reductions_backward", functools.partial(_backward, _implementation), _key)
 
 vocab_reductions = torch.ops.cce_inductor.vocab_reductions.default
 vocab_reductions_backward = torch.ops.cce_inductor.vocab_reductions_backward.default

@@ -9,21 +9,25 @@ from torch import Tensor
 from ..logit_map import LogitMap
 
 MIB = 1 << 20
+COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Reductions over the vocabulary of x = f(hidden @ weight.T + bias); see `reference.py`."""
+    """Reductions over the vocabulary of x = f(hidden @ weight.T + bias); see `reference.py`.
 
-    hidden: Tensor  # [N, D]
-    weight: Tensor  # [V, D]
+    Vectors are contiguous; matrices have any strides.
+    """
+
+    hidden: Tensor  # [N, D], in the dtype of the matmuls
+    weight: Tensor  # [V, D], in its own dtype: a cast copy may be as large as the logits
     bias: Tensor | None  # [V]
     target: Tensor | None  # [N], int64
     total_weight: Tensor | None  # [V]
+    hidden_dtype: torch.dtype  # as given, and of its gradient
     logit_map: LogitMap
     want_total: bool
     ignore_index: int | None
-    compute_dtype: torch.dtype  # of the operands of the matmuls
     workspace_bytes: int
 
     @classmethod
@@ -43,20 +47,17 @@ class Problem:
     ) -> "Problem":
         """Checks the operands as the schema gives them; the errors are of the kinds that eager PyTorch raises."""
         check(hidden, weight, bias, target, total_weight, compute_dtype)
-        if target is not None:
-            target = target.to(torch.int64)
-        parsed = LogitMap.parse(logit_map)
         return cls(
-            hidden,
-            weight,
-            bias,
-            target,
-            total_weight,
-            parsed,
-            want_total,
-            ignore_index,
-            compute_dtype,
-            workspace_mib * MIB,
+            hidden=hidden.to(compute_dtype),
+            weight=weight,
+            bias=None if bias is None else bias.contiguous(),
+            target=None if target is None else target.to(torch.int64).contiguous(),
+            total_weight=None if total_weight is None else total_weight.contiguous(),
+            hidden_dtype=hidden.dtype,
+            logit_map=LogitMap.parse(logit_map),
+            want_total=want_total,
+            ignore_index=ignore_index,
+            workspace_bytes=workspace_mib * MIB,
         )
 
     @property
@@ -72,16 +73,21 @@ class Problem:
         return self.hidden.shape[1]
 
     @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of the operands of the matmuls."""
+        return self.hidden.dtype
+
+    @property
     def accumulate_dtype(self) -> torch.dtype:
         return accumulate_dtype(self.compute_dtype)
-
-    def hidden_rows(self, rows: slice) -> Tensor:
-        """Rows of the hidden states, in the dtype of the matmuls."""
-        return self.hidden[rows].to(self.compute_dtype)
 
     def weight_rows(self, columns: slice) -> Tensor:
         """The classifier weight of a slice of the vocabulary, in the dtype of the matmuls."""
         return self.weight[columns].to(self.compute_dtype)
+
+    def zeros(self, *shape: int) -> Tensor:
+        """Where sums begin."""
+        return self.hidden.new_zeros(shape, dtype=self.accumulate_dtype)
 
 
 def accumulate_dtype(compute_dtype: torch.dtype) -> torch.dtype:
@@ -103,55 +109,55 @@ def check(
     total_weight: Tensor | None,
     compute_dtype: torch.dtype,
 ) -> None:
-    """Raises unless the operands fit together; uses shapes, dtypes and devices only, so it also works while tracing."""
-    if hidden.dim() != 2 or weight.dim() != 2:
-        raise RuntimeError(
-            f"hidden states and weight must be 2-D, [N, D] and [V, D], got {tuple(hidden.shape)} and {tuple(weight.shape)}"
-        )
-    torch._check(
-        hidden.shape[1] == weight.shape[1],
-        lambda: (
-            f"hidden states of shape {tuple(hidden.shape)} and weight of shape {tuple(weight.shape)} cannot be multiplied: "
-            "their last dimensions must agree"
-        ),
-    )
+    """Raises unless the operands fit together: RuntimeError, or ValueError for targets of a wrong shape.
+
+    It looks at shapes, dtypes and devices only, so it also works while tracing.
+    """
+    _check_matrices(hidden, weight)
     for name, vector in (("bias", bias), ("class weight", total_weight)):
         if vector is not None:
-            if vector.dim() != 1:
-                raise RuntimeError(f"{name} must be 1-D, got shape {tuple(vector.shape)}")
-            torch._check(
-                vector.shape[0] == weight.shape[0],
-                lambda name=name, vector=vector: (
-                    f"{name} has {vector.shape[0]} entries for a vocabulary of {weight.shape[0]}"
-                ),
-            )
+            _check_vector(name, vector, weight)
     if target is not None:
-        if target.dim() != 1:
-            raise ValueError(f"targets must be 1-D, got shape {tuple(target.shape)}")
-        if target.dtype not in (torch.int64, torch.uint8):
-            raise RuntimeError(
-                f"expected targets of dtype int64 or uint8 (class indices), got {target.dtype}"
-            )
-        torch._check_value(
-            target.shape[0] == hidden.shape[0],
-            lambda: (
-                f"Expected input batch_size ({hidden.shape[0]}) to match target batch_size ({target.shape[0]})."
-            ),
-        )
-    for name, tensor in (
-        ("hidden", hidden),
-        ("weight", weight),
-        ("bias", bias),
-        ("class weight", total_weight),
-    ):
+        _check_target(target, hidden)
+    floating = {"hidden": hidden, "weight": weight, "bias": bias, "class weight": total_weight}
+    for name, tensor in floating.items():
         if tensor is not None and not tensor.is_floating_point():
             raise RuntimeError(f"{name} must be of a floating-point dtype, got {tensor.dtype}")
-    if compute_dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise RuntimeError(
-            f"matmuls in {compute_dtype} are not supported; use bfloat16, float16, float32 or float64"
-        )
-    devices = {t.device for t in (hidden, weight, bias, target, total_weight) if t is not None}
+    if compute_dtype not in COMPUTE_DTYPES:
+        supported = ", ".join(str(dtype) for dtype in COMPUTE_DTYPES)
+        raise RuntimeError(f"matmuls in {compute_dtype} are not supported, only in {supported}")
+    devices = {str(t.device) for t in (hidden, weight, bias, target, total_weight) if t is not None}
     if len(devices) > 1:
-        raise RuntimeError(
-            f"Expected all tensors to be on the same device, but found {', '.join(sorted(map(str, devices)))}"
-        )
+        found = ", ".join(sorted(devices))
+        raise RuntimeError(f"Expected all tensors to be on the same device, but found {found}")
+
+
+def _check_matrices(hidden: Tensor, weight: Tensor) -> None:
+    shapes = f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
+    if hidden.dim() != 2 or weight.dim() != 2:
+        raise RuntimeError(f"hidden states and weight must be 2-D, [N, D] and [V, D], got {shapes}")
+    torch._check(
+        hidden.shape[1] == weight.shape[1],
+        lambda: f"hidden states and weight of shapes {shapes} cannot be multiplied: last dimensions differ",
+    )
+
+
+def _check_vector(name: str, vector: Tensor, weight: Tensor) -> None:
+    if vector.dim() != 1:
+        raise RuntimeError(f"{name} must be 1-D, got shape {tuple(vector.shape)}")
+    torch._check(
+        vector.shape[0] == weight.shape[0],
+        lambda: f"{name} has {vector.shape[0]} entries for a vocabulary of {weight.shape[0]}",
+    )
+
+
+def _check_target(target: Tensor, hidden: Tensor) -> None:
+    if target.dim() != 1:
+        raise ValueError(f"targets must be 1-D, got shape {tuple(target.shape)}")
+    if target.dtype not in (torch.int64, torch.uint8):
+        raise RuntimeError(f"expected targets of dtype int64 or uint8 (class indices), got {target.dtype}")
+    rows, targets = hidden.shape[0], target.shape[0]
+    torch._check_value(
+        rows == targets,
+        lambda: f"Expected input batch_size ({rows}) to match target batch_size ({targets}).",
+    )
