@@ -1,13 +1,29 @@
-"""Everything private to PyTorch that the package touches, in one place. Checked against torch 2.11, 2.13 and 2.15."""
+"""Everything private to PyTorch that the package touches, in one place. Checked against torch 2.11 and 2.13."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch._guards import detect_fake_mode
-from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._logging import getArtifactLogger
+from torch._logging._internal import register_artifact
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-__all__ = ["CustomGraphPass", "cache_dir", "detect_fake_mode", "inductor_backend", "inductor_option_names"]
+__all__ = [
+    "CustomGraphPass",
+    "FakeTensor",
+    "artifact_logger",
+    "cache_dir",
+    "detect_fake_mode",
+    "get_hash_for_files",
+    "inductor_backend",
+    "inductor_option_names",
+    "size_hint",
+    "statically_equal",
+]
 
 
 def cache_dir() -> str:
@@ -30,3 +46,21 @@ def inductor_option_names() -> frozenset[str]:
     from torch._inductor import config
 
     return frozenset(config.get_config_copy())
+
+
+def artifact_logger(name: str, description: str) -> logging.Logger:
+    """A logger that TORCH_LOGS=name turns on; it must be asked for once, at import."""
+    register_artifact(name, description, visible=True)
+    return getArtifactLogger(name, name)
+
+
+def statically_equal(a: Any, b: Any) -> bool:
+    """Whether two sizes, int or SymInt, are equal whatever the inputs; installs no guard."""
+    return statically_known_true(a == b)
+
+
+def size_hint(size: Any) -> int | None:
+    """The value of a size in the run that is being compiled; None where it is not known. Installs no guard."""
+    if isinstance(size, torch.SymInt):
+        return size.node.hint if size.node.has_hint() else None
+    return int(size)

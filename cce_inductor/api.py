@@ -1,0 +1,78 @@
+"""Direct use, without a compiler: the loss of a linear classifier from its hidden states."""
+
+import torch
+from torch import Tensor
+
+from .logit_map import LogitMap
+from .ops import losses
+from .ops.library import vocab_reductions
+from .options import Options
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    logit_map: str = "z",
+) -> Tensor:
+    """`cross_entropy(f(linear(input, linear_weight, linear_bias)), target, ...)` without storing the logits.
+
+    The arguments are those of `torch.nn.functional.linear_cross_entropy` and mean the same.
+
+    input: hidden states [..., D], float64, float32, bfloat16 or float16.
+    linear_weight: the classifier weight [V, D]. Where it is float32 and `input` is narrower, or inside autocast, the
+        products are computed in the narrower dtype and its gradient comes back in its own.
+    target: class indices [...], int64 or uint8, in [0, V) or `ignore_index`.
+    linear_bias: [V], added to the logits.
+    weight: [V], a weight for each class.
+    reduction: "mean" (by the sum of the targets' weights), "sum" or "none".
+    ignore_index: rows with this target count for nothing.
+    label_smoothing: in [0, 1].
+    logit_map: a pointwise function of a logit z, for example "30.0*tanh(z/30.0)"; numbers, z, + - * / ** and tanh,
+        sigmoid, exp.
+
+    Returns the loss, in the dtype of `input`: a scalar, or [...] for reduction "none". Raises what eager PyTorch raises
+    for wrong shapes, dtypes, devices and (on a CPU) targets, ValueError for a wrong reduction, smoothing or map.
+    Source: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", arXiv 2411.09009.
+    """
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"{reduction} is not a valid value for reduction")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
+    if input.dim() == 0 or target.shape != input.shape[:-1]:
+        raise ValueError(
+            f"Expected input batch_size ({tuple(input.shape[:-1])}) to match target batch_size ({tuple(target.shape)})."
+        )
+    device = input.device.type
+    compute_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
+    smooth = label_smoothing > 0
+    lse, picked, total = vocab_reductions(
+        input.reshape(-1, input.shape[-1]),
+        linear_weight,
+        linear_bias,
+        target.reshape(-1).long() if target.dtype == torch.uint8 else target.reshape(-1),
+        weight if smooth else None,
+        logit_map=str(LogitMap.parse(logit_map)),
+        want_total=smooth,
+        ignore_index=ignore_index,
+        compute_dtype=compute_dtype,
+        workspace_mib=Options().workspace_mib,
+    )
+    loss = losses.cross_entropy(
+        lse,
+        picked,
+        total,
+        target.reshape(-1).long() if target.dtype == torch.uint8 else target.reshape(-1),
+        linear_weight.shape[0],
+        weight=weight,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+    )
+    return (loss.reshape(target.shape) if reduction == "none" else loss).to(input.dtype)

@@ -1,0 +1,130 @@
+"""The ways in: `backend="cce"`, and `enable()` for programs that call plain `torch.compile(model)`."""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule
+
+from . import compat
+from .compat import CustomGraphPass
+from .graph.driver import rewrite_module
+from .options import Options
+from .report import Report, publish
+
+
+def cce_backend(
+    gm: GraphModule,
+    example_inputs: list[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable:
+    """Backend for torch.compile: Inductor, with heads and their losses rewritten to Cut Cross-Entropy operators.
+
+        model = torch.compile(model, backend="cce")        # found by name, or
+        model = torch.compile(model, backend=cce_inductor.cce_backend)
+
+    gm, example_inputs: what Dynamo gives to a backend.
+    mode: Inductor's mode, as in `torch.compile(mode=...)`.
+    options: options of this package (`Options`) and of Inductor, mixed.
+
+    Returns the compiled callable. Raises ValueError or TypeError for a wrong option of ours, RuntimeError for an
+    ill-typed one of Inductor's, and `RefusedError` under `on_refusal="raise"`.
+    """
+    ours, inductors = Options.split(options)
+    inductor = compat.inductor_backend(mode or ours.mode, inductors)
+    publish(rewrite_module(gm, ours), ours.on_refusal)
+    return inductor(gm, example_inputs)
+
+
+class _PreGradPass(CustomGraphPass):
+    """The same pass where Inductor runs its own passes on the graphs of Dynamo, after any pass that was set before."""
+
+    def __init__(self, options: Options, previous: Any) -> None:
+        self.options = options
+        self.previous = previous
+
+    def __call__(self, graph: Graph) -> None:
+        if self.previous is not None:
+            self.previous(graph)
+        module = graph.owning_module
+        publish(rewrite_module(module, self.options), self.options.on_refusal)
+
+    def uuid(self) -> Any:
+        """Tells caches of compiled graphs apart: by our sources, the options, and what ran before."""
+        if self.previous is None:
+            return _source_hash(), repr(self.options)
+        before = self.previous.uuid() if isinstance(self.previous, CustomGraphPass) else None
+        return None if before is None else (_source_hash(), repr(self.options), before)
+
+
+@functools.cache
+def _source_hash() -> bytes:
+    return compat.get_hash_for_files(tuple(sorted(map(str, Path(__file__).parent.rglob("*.py")))))
+
+
+class _Enabled(contextlib.AbstractContextManager):
+    """What `enable()` returns: leaving a with-block that was entered with it undoes it."""
+
+    def __exit__(self, *_: Any) -> None:
+        disable()
+
+
+_outer: list[Any] = []  # what was set before each enable() that is still on
+
+
+def enable(**options: Any) -> contextlib.AbstractContextManager:
+    """Rewrites losses under plain `torch.compile(model)` too, for everything compiled from here on in this process.
+
+    For frameworks that accept only the names of built-in backends. options: those of `Options`, but for `mode`.
+    Until `disable()`, or to the end of the block where it is used as a context manager:
+
+        with cce_inductor.enable():
+            ...
+
+    What was compiled before stays as it was compiled. Raises ValueError or TypeError for a wrong option.
+    """
+    ours, inductors = Options.split(options)
+    if inductors or ours.mode is not None:
+        wrong = ", ".join([*inductors, *(["mode"] if ours.mode is not None else [])])
+        raise ValueError(f"enable() takes the options of cce_inductor only; give {wrong} to torch.compile")
+    config = torch._inductor.config
+    _outer.append(config.pre_grad_custom_pass)
+    config.pre_grad_custom_pass = _PreGradPass(ours, config.pre_grad_custom_pass)
+    return _Enabled()
+
+
+def disable() -> None:
+    """Undoes the last `enable()`; nothing happens where there is none."""
+    if _outer:
+        torch._inductor.config.pre_grad_custom_pass = _outer.pop()
+
+
+def explain(function: Callable, options: dict[str, Any] | None = None) -> Callable[..., Report]:
+    """What `backend="cce"` would do to a function or module: `print(explain(model)(*args, **kwargs))`.
+
+    Traces one call, rewrites its graphs, and runs them uncompiled. Like `torch._dynamo.explain`, it starts from an
+    empty cache of compiled code. Returns one `Report` over all graphs of the call.
+    """
+    ours, _ = Options.split(options)
+
+    def explained(*args: Any, **kwargs: Any) -> Report:
+        total = Report(graphs=0)
+
+        def backend(gm: GraphModule, example_inputs: list[Any]) -> Callable:
+            total.extend(rewrite_module(gm, ours))
+            total.graphs += 1
+            return gm.forward
+
+        torch._dynamo.reset()
+        try:
+            torch.compile(function, backend=backend)(*args, **kwargs)
+        finally:
+            torch._dynamo.reset()
+        return total
+
+    return explained

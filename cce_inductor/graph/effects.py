@@ -1,0 +1,91 @@
+"""What the order of a graph matters for: in-place writes, and regions without gradients.
+
+Dynamo's graphs are not functional yet, so moving a computation past a write, or into another region, can change it.
+"""
+
+import inspect
+import operator
+from collections.abc import Iterable
+
+import torch
+from torch.fx import Graph, Node
+
+from .registry import tensor_of
+
+_INPLACE_OPERATORS = {
+    getattr(operator, name) for name in dir(operator) if name.startswith("i") and name not in ("is_", "is_not", "inv")
+} - {operator.index, operator.indexOf, operator.invert, operator.itemgetter, operator.is_}
+
+
+def written(node: Node) -> list[Node]:
+    """The tensors of the graph that a node writes in place."""
+    if node.op == "call_method":
+        return _first(node) if node.target.endswith("_") and not node.target.endswith("__") else []
+    if node.op != "call_function":
+        return []
+    out = node.kwargs.get("out")
+    if out is not None:
+        return [arg for arg in (out if isinstance(out, tuple | list) else (out,)) if isinstance(arg, Node)]
+    if node.target is operator.setitem or node.target in _INPLACE_OPERATORS:
+        return _first(node)
+    if isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        return node.all_input_nodes if _is_mutable(node.target) else []
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return node.all_input_nodes if "mutation" in node.target.name() else []
+    name = getattr(node.target, "__name__", "")
+    in_place = (name.endswith("_") and not name.endswith("__")) or _inplace_argument(node)
+    return _first(node) if in_place else []
+
+
+def _first(node: Node) -> list[Node]:
+    return [arg for arg in node.args[:1] if isinstance(arg, Node)]
+
+
+def _is_mutable(op: torch._ops.OpOverload | torch._ops.OpOverloadPacket) -> bool:
+    overloads = [op] if isinstance(op, torch._ops.OpOverload) else [getattr(op, name) for name in op.overloads()]
+    return any(overload._schema.is_mutable for overload in overloads)
+
+
+def _inplace_argument(node: Node) -> bool:
+    """Whether a call such as relu(x, inplace=True) says that it works in place."""
+    try:
+        arguments = inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments
+    except (TypeError, ValueError):
+        return bool(node.kwargs.get("inplace", False))
+    return arguments.get("inplace", False) is True
+
+
+def first_write(nodes: Iterable[Node], tensors: Iterable[Node]) -> Node | None:
+    """The first of the nodes that writes to memory that one of the tensors may share."""
+    storages = {_storage(tensor) for tensor in tensors if tensor_of(tensor) is not None}
+    for node in nodes:
+        if any(_storage(tensor) in storages for tensor in written(node) if tensor_of(tensor) is not None):
+            return node
+    return None
+
+
+def _storage(node: Node) -> int:
+    """Fake tensors share their storage where the real ones will."""
+    return tensor_of(node).untyped_storage()._cdata
+
+
+def grad_modes(graph: Graph) -> dict[Node, bool]:
+    """Whether gradients are recorded, for every node."""
+    enabled, outer, modes = torch.is_grad_enabled(), [], {}
+    for node in graph.nodes:
+        modes[node] = enabled
+        name = getattr(node.target, "__name__", "")
+        if name == "_set_grad_enabled":
+            enabled = bool(node.args[0])
+        elif name == "_enter_inference_mode":
+            outer.append(enabled)
+            enabled = enabled and not node.args[0]
+        elif name == "_exit_inference_mode":
+            enabled = outer.pop()
+    return modes
+
+
+def uses_function_transforms(graph: Graph) -> bool:
+    """Whether torch.func transforms (grad, vmap, ...) are open somewhere in the graph."""
+    modules = (str(getattr(node.target, "__module__", "")) for node in graph.nodes if node.op == "call_function")
+    return any(module.startswith(("torch._functorch", "torch._C._functorch")) for module in modules)

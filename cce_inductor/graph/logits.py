@@ -1,0 +1,204 @@
+"""DeferredLogits: the logits f(hidden @ weight.T + bias) of a graph as a value that is not computed.
+
+The pass carries it through the graph in place of a tensor. What the program does to the rows of the logits is
+recorded and can be replayed on the hidden states, whose rows are the same and whose last dimension is narrow.
+"""
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from ..compat import statically_equal
+from ..logit_map import LogitMap
+
+
+class Refused(Exception):  # noqa: N818 (it is an answer, not an error)
+    """Raised by a rule that can't follow the logits; the text completes "left alone: <operation>: "."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call to replay: function(value, *args).
+
+    A reshape keeps the order of the elements; its args are None where the sizes can't be written as arguments.
+    """
+
+    function: Callable
+    args: tuple[Any, ...] | None = ()
+    is_reshape: bool = False
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A tensor of the graph and the calls to make on it."""
+
+    source: Node
+    steps: tuple[Step, ...] = ()
+
+    def then(self, function: Callable, *args: Any) -> "Replay":
+        return replace(self, steps=(*self.steps, Step(function, args)))
+
+    def reshaped(self, function: Callable, args: tuple[Any, ...] | None) -> "Replay":
+        return replace(self, steps=(*self.steps, Step(function, args, is_reshape=True)))
+
+    def flat(self) -> "Replay":
+        """The same elements in the same order: without the reshapes at the end, for use where rows are flattened."""
+        steps = self.steps
+        while steps and steps[-1].is_reshape:
+            steps = steps[:-1]
+        return replace(self, steps=steps)
+
+    def operands(self) -> list[Node]:
+        """Every node that `emit` reads."""
+        nodes = [self.source]
+        for step in self.steps:
+            map_arg(step.args, nodes.append)
+        return nodes
+
+    def emit(self, call: Callable[..., Node]) -> Node:
+        """The result as a node; call(function, *args) writes one call into the graph."""
+        value = self.source
+        for step in self.steps:
+            if step.args is None:
+                raise Refused("rows are reshaped to several dynamic sizes that are not arguments of the call")
+            value = call(step.function, value, *step.args)
+        return value
+
+
+@dataclass(frozen=True)
+class DeferredLogits:
+    """x = f(hidden @ weight.T + bias), log_softmax(x) where `normalized`, of a given shape and dtype."""
+
+    matmul: Node  # where it began
+    hidden: Replay  # [rows..., D]
+    weight: Replay  # [V, D]
+    biases: tuple[Replay, ...]  # [V] each; their sum is added
+    logit_map: LogitMap
+    compute_dtype: torch.dtype  # of the matmul's result
+    shape: tuple[Any, ...]  # of the logits, int or SymInt: the rows with V at vocab_dim
+    dtype: torch.dtype  # that the program sees
+    vocab_dim: int
+    width: Any  # D, int or SymInt
+    normalized: bool = False
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def vocab_size(self) -> Any:
+        return self.shape[self.vocab_dim]
+
+    @property
+    def row_shape(self) -> tuple[Any, ...]:
+        return self.shape[: self.vocab_dim] + self.shape[self.vocab_dim + 1 :]
+
+    def dim(self, dim: int) -> int:
+        """A dimension of the logits, counted from the front."""
+        return dim % self.ndim
+
+    def row_dim(self, dim: int) -> int:
+        """The dimension of `hidden` that is dimension `dim` of the logits, which must not be the vocabulary."""
+        if self.dim(dim) == self.vocab_dim:
+            raise Refused("it works along the vocabulary in a way that needs the logits in memory")
+        return self.dim(dim) - (self.dim(dim) > self.vocab_dim)
+
+    def to(self, dtype: torch.dtype) -> "DeferredLogits":
+        """Seen in another dtype. The operator computes in float32 whatever the program rounds to in between."""
+        if not dtype.is_floating_point:
+            raise Refused(f"the logits are converted to {dtype}")
+        if dtype == torch.float64 and self.compute_dtype != torch.float64:
+            raise Refused("the logits are converted to float64, and are reduced in float32 where they are not stored")
+        return replace(self, dtype=dtype)
+
+    def replay(self, function: Callable, *args: Any, shape: Any, vocab_dim: int | None = None) -> "DeferredLogits":
+        """After a call on the rows, whose result has this shape."""
+        hidden = self.hidden.then(function, *args)
+        dim = self.vocab_dim if vocab_dim is None else vocab_dim
+        return replace(self, hidden=hidden, shape=tuple(shape), vocab_dim=dim)
+
+    def moved(self, shape: Any, vocab_dim: int) -> "DeferredLogits":
+        """With the vocabulary at another place and the rows in the same order."""
+        return replace(self, shape=tuple(shape), vocab_dim=vocab_dim)
+
+    def slice_vocab(self, start: int, stop: int) -> "DeferredLogits":
+        """The classes [start, stop): fewer rows of the weight."""
+        if (start, stop) == (0, self.vocab_size):
+            return self
+        shape = (*self.shape[: self.vocab_dim], stop - start, *self.shape[self.vocab_dim + 1 :])
+        return replace(
+            self,
+            weight=self.weight.then(operator.getitem, slice(start, stop)),
+            biases=tuple(bias.then(operator.getitem, slice(start, stop)) for bias in self.biases),
+            shape=shape,
+        )
+
+    def piece(self, pieces: Replay, index: int, shape: Any, vocab_dim: int) -> "DeferredLogits":
+        """One of the pieces that the rows were cut into."""
+        return replace(self, hidden=pieces.then(operator.getitem, index), shape=tuple(shape), vocab_dim=vocab_dim)
+
+    def reshape(self, shape: Any, row_sizes: tuple[Any, ...] | None) -> "DeferredLogits":
+        """In another shape with the elements in the same order and the vocabulary last.
+
+        row_sizes: the row sizes as arguments for torch.reshape; None where they can't be written down.
+        """
+        shape = tuple(shape)
+        if len(shape) == self.ndim and all(map(statically_equal, shape, self.shape)):
+            return self
+        last = self.vocab_dim == self.ndim - 1
+        if not (last and shape and statically_equal(shape[-1], self.vocab_size)):
+            raise Refused("it reshapes across the vocabulary dimension; keep that dimension whole, and last")
+        hidden = self.hidden.reshaped(*self._reshape_call(len(shape) - 1, row_sizes))
+        return replace(self, hidden=hidden, shape=shape, vocab_dim=len(shape) - 1)
+
+    def _reshape_call(self, row_dims: int, row_sizes: tuple[Any, ...] | None) -> tuple[Callable, tuple | None]:
+        """(function, arguments) that reshape the hidden states; the width may be a dynamic size without a node."""
+        if row_dims == 1 and self.ndim > 1:
+            return torch.flatten, (0, -2)
+        width = self.width if isinstance(self.width, int) else -1
+        if row_sizes is None or (width == -1 and -1 in row_sizes):
+            return torch.reshape, None
+        return torch.reshape, ((*row_sizes, width),)
+
+    def map(self, step: Callable[[sympy.Expr], sympy.Expr]) -> "DeferredLogits":
+        """After a pointwise function."""
+        if self.normalized:
+            raise Refused("it changes log-probabilities over the vocabulary; apply it after picking the targets' ones")
+        return replace(self, logit_map=self.logit_map.then(step))
+
+    def log_softmax(self) -> "DeferredLogits":
+        """As log-probabilities over the vocabulary; doing that twice changes nothing."""
+        return replace(self, normalized=True)
+
+    def add_bias(self, bias: Replay) -> "DeferredLogits":
+        """After adding a vector over the vocabulary: f(z) + b = f(z + b / a) where f(z) = a z + c."""
+        affine = self.logit_map.affine()
+        if self.normalized or affine is None:
+            raise Refused("a vector over the vocabulary is added after a non-linear map; add it before the map")
+        slope = affine[0]
+        return replace(self, biases=(*self.biases, bias if slope == 1 else bias.then(torch.div, slope)))
+
+    def scale(self, function: Callable, factor: Node) -> "DeferredLogits":
+        """After multiplying or dividing by a scalar of the program: it moves to the hidden states and biases."""
+        affine = self.logit_map.affine()
+        if self.normalized or affine is None or affine[1] != 0:
+            raise Refused("a scalar tensor scales the logits after another map; scale first, or by a Python number")
+        return replace(
+            self,
+            hidden=self.hidden.then(function, factor),
+            biases=tuple(bias.then(function, factor) for bias in self.biases),
+        )
+
+    def detach(self) -> "DeferredLogits":
+        return replace(
+            self,
+            hidden=self.hidden.then(torch.detach),
+            weight=self.weight.then(torch.detach),
+            biases=tuple(bias.then(torch.detach) for bias in self.biases),
+        )

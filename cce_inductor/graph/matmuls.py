@@ -1,0 +1,187 @@
+"""Where deferred logits begin: every spelling of hidden @ weight.T (+ bias)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ..compat import FakeTensor, statically_equal
+from ..logit_map import LogitMap
+from .logits import DeferredLogits, Replay
+from .registry import operation, tensor_of
+
+COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+Operands = tuple[Replay, Replay, tuple[Replay, ...]] | None  # hidden [rows..., D], weight [V, D], biases [V]
+
+
+def start(node: Node) -> DeferredLogits | None:
+    """The logits that a node begins, None where it is no matrix product of that form."""
+    form = FORMS.get(operation(node))
+    output = tensor_of(node)
+    if form is None or type(output) is not FakeTensor or output.dtype not in COMPUTE_DTYPES or output.dim() == 0:
+        return None
+    try:
+        operands = form(*node.args, **node.kwargs)
+    except TypeError:
+        return None
+    if operands is None or not all(type(tensor_of(r.source)) is FakeTensor for r in _flat(operands)):
+        return None
+    hidden, weight, biases = operands
+    shape, vocab_dim = tuple(output.shape), output.dim() - 1
+    if operation(node) == "einsum":
+        vocab_dim = node.args[0].split("->")[1].replace(" ", "").index(_einsum_letters(node.args[0])[2])
+    width = tensor_of(hidden.source).shape[-1]
+    return DeferredLogits(
+        node,
+        hidden,
+        _uncast(weight, output.dtype),
+        biases,
+        LogitMap(),
+        output.dtype,
+        shape,
+        output.dtype,
+        vocab_dim,
+        width,
+    )
+
+
+def _flat(operands: tuple) -> list[Replay]:
+    hidden, weight, biases = operands
+    return [hidden, weight, *biases]
+
+
+def _shape(arg: Any) -> tuple | None:
+    tensor = tensor_of(arg)
+    return None if tensor is None else tuple(tensor.shape)
+
+
+def _linear(input: Node, weight: Node, bias: Node | None = None) -> Operands:
+    shape = _shape(weight)
+    if shape is None or len(shape) != 2:
+        return None
+    return Replay(input), Replay(weight), () if bias is None else (Replay(bias),)
+
+
+def _matmul(input: Node, other: Node) -> Operands:
+    shape = _shape(other)
+    if shape is None or len(shape) != 2 or not _shape(input):
+        return None
+    return Replay(input), Replay(other).then(torch.t), ()
+
+
+def _mm(input: Node, mat2: Node) -> Operands:
+    return _matmul(input, mat2)
+
+
+def _addmm(input: Node, mat1: Node, mat2: Node, *, beta: float = 1, alpha: float = 1) -> Operands:
+    matmul, bias = _matmul(mat1, mat2), _shape(input)
+    if matmul is None or beta != 1 or alpha != 1 or bias is None or not is_vocab_vector(bias, _shape(mat2)[1]):
+        return None
+    return *matmul[:2], (vocab_vector(input),)
+
+
+def _bmm(input: Node, mat2: Node) -> Operands:
+    shape = _shape(mat2)
+    if shape is None or shape[0] != 1:
+        return None
+    return Replay(input), Replay(mat2).then(torch.squeeze, 0).then(torch.t), ()
+
+
+def _baddbmm(input: Node, batch1: Node, batch2: Node, *, beta: float = 1, alpha: float = 1) -> Operands:
+    bmm, bias = _bmm(batch1, batch2), _shape(input)
+    if bmm is None or beta != 1 or alpha != 1 or bias is None or not is_vocab_vector(bias, _shape(batch2)[2]):
+        return None
+    return *bmm[:2], (vocab_vector(input),)
+
+
+def _einsum(equation: str, *operands: Any) -> Operands:
+    if len(operands) == 1 and isinstance(operands[0], tuple | list):
+        operands = tuple(operands[0])
+    letters = _einsum_letters(equation)
+    if letters is None or len(operands) != 2:
+        return None
+    _, weight, vocab = letters
+    replay = Replay(operands[1])
+    return Replay(operands[0]), replay if weight[0] == vocab else replay.then(torch.t), ()
+
+
+def _einsum_letters(equation: str) -> tuple[str, str, str] | None:
+    """(hidden letters, weight letters, vocabulary letter) of "rows d, v d -> rows v" with v anywhere, or None."""
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    hidden, comma, weight = inputs.partition(",")
+    if not arrow or not comma or not (hidden + weight + output).isalpha() or len(weight) != 2 or not hidden:
+        return None
+    width = hidden[-1]
+    vocab = weight.replace(width, "")
+    if width not in weight or len(vocab) != 1 or vocab in hidden or output.replace(vocab, "", 1) != hidden[:-1]:
+        return None
+    return (hidden, weight, vocab) if len(set(hidden)) == len(hidden) and vocab in output else None
+
+
+def is_vocab_vector(shape: tuple, vocab_size: Any) -> bool:
+    """Whether a tensor of this shape adds one number to each class, the same in every row."""
+    ones = all(isinstance(size, int) and size == 1 for size in shape[:-1])
+    return bool(shape) and ones and statically_equal(shape[-1], vocab_size)
+
+
+def vocab_vector(node: Node) -> Replay:
+    """Such a tensor as a vector [V]."""
+    return Replay(node) if len(_shape(node) or ()) == 1 else Replay(node).then(torch.flatten)
+
+
+FORMS: dict[str, Callable[..., Operands]] = {
+    "linear": _linear,
+    "matmul": _matmul,
+    "mm": _mm,
+    "addmm": _addmm,
+    "bmm": _bmm,
+    "baddbmm": _baddbmm,
+    "einsum": _einsum,
+}
+
+_TRANSPOSES = {"t", "T", "mT"}
+_CASTS = {"to", "bfloat16", "half", "type_as"}
+
+
+def _uncast(weight: Replay, compute_dtype: torch.dtype) -> Replay:
+    """The weight itself where the program casts it, transposes it, or both, just for this product.
+
+    The operator casts a slice of the weight at a time, and gives the gradient in the dtype of the parameter.
+    """
+    source, steps = weight.source, weight.steps
+    while True:
+        if _is_transpose(source):
+            source, steps = source.args[0], (Replay(source).then(torch.t).steps + steps)
+        elif _is_narrowing_cast(source, compute_dtype):
+            source = source.args[0]
+        else:
+            break
+    transposed = sum(step.function is torch.t for step in steps) % 2 == 1
+    rest = tuple(step for step in steps if step.function is not torch.t)
+    return Replay(source, rest).then(torch.t) if transposed else Replay(source, rest)
+
+
+def _is_transpose(node: Node) -> bool:
+    shape, name = _shape(node), operation(node)
+    if shape is None or len(shape) != 2 or not node.args or _shape(node.args[0]) is None:
+        return False
+    dims = tuple(arg for arg in node.args[1:] if isinstance(arg, int))
+    return (name in _TRANSPOSES and (node.target is getattr or len(node.args) == 1)) or (
+        name == "transpose" and not node.kwargs and sorted(dim % 2 for dim in dims) == [0, 1]
+    )
+
+
+def _is_narrowing_cast(node: Node, compute_dtype: torch.dtype) -> bool:
+    """Whether a node does nothing but round a wider tensor to the dtype of the product."""
+    if operation(node) not in _CASTS or not node.args:
+        return False
+    before, after = tensor_of(node.args[0]), tensor_of(node)
+    return (
+        before is not None
+        and after is not None
+        and before.dtype == torch.float32
+        and after.dtype == compute_dtype
+        and compute_dtype in (torch.bfloat16, torch.float16)
+        and before.device == after.device
+    )

@@ -1,0 +1,188 @@
+"""Rules for what ends the logits: losses and other reductions over the vocabulary.
+
+Each says what it needs of the operator (the log-sum-exp always, the target's logit, a total over the vocabulary) and
+how its result follows from that, as arithmetic on vectors of length N.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node, Proxy
+
+from ..ops import losses
+from .logits import DeferredLogits, Refused
+from .registry import Call, operation, rule, tensor_of
+from .rows import same_rows
+
+
+@dataclass(frozen=True)
+class Results:
+    """What the operator gave, as proxies [N] of the graph, and the inputs of one reduction in the same row order."""
+
+    lse: Proxy
+    picked: Proxy
+    total: Proxy
+    target: Proxy | None
+    rows: Callable[[], Proxy]  # a tensor of the shape of the logits' rows
+    proxy: Callable[[Node], Proxy]
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """One operation of the program that reduces deferred logits over the vocabulary."""
+
+    node: Node
+    logits: DeferredLogits
+    build: Callable[[Results], Proxy]  # in the shape of the node, in the dtype of the operator's results
+    target: Node | None = None  # one class for each row
+    ignore_index: int | None = None
+    want_total: bool = False
+    total_weight: Node | None = None  # [V]
+
+    @property
+    def name(self) -> str:
+        return operation(self.node)
+
+
+@rule("log_softmax")
+def log_softmax(
+    call: Call, input: DeferredLogits, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None
+) -> DeferredLogits:
+    _require_vocab(input, dim)
+    return input.log_softmax().to(call.output.dtype)
+
+
+@rule("cross_entropy")
+def cross_entropy(
+    call: Call,
+    input: DeferredLogits,
+    target: Node,
+    weight: Node | None = None,
+    size_average: None = None,
+    ignore_index: int = -100,
+    reduce: None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Reduction:
+    if size_average is not None or reduce is not None:
+        raise Refused("it uses the deprecated arguments size_average or reduce; use reduction=")
+    _require_class_dim(input)
+    _require_targets(input, target)
+    if label_smoothing and not isinstance(input.vocab_size, int):
+        raise Refused("label smoothing needs a vocabulary of a constant size")
+
+    def build(results: Results) -> Proxy:
+        loss = losses.cross_entropy(
+            results.lse,
+            results.picked,
+            results.total,
+            results.target,
+            input.vocab_size,
+            weight=None if weight is None else results.proxy(weight),
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+        )
+        return loss.view_as(results.proxy(target)) if reduction == "none" else loss
+
+    smooth = label_smoothing > 0
+    return Reduction(
+        call.node,
+        input,
+        build,
+        target,
+        ignore_index,
+        want_total=smooth,
+        total_weight=weight if smooth else None,
+    )
+
+
+@rule("nll_loss")
+def nll_loss(
+    call: Call,
+    input: DeferredLogits,
+    target: Node,
+    weight: Node | None = None,
+    size_average: None = None,
+    ignore_index: int = -100,
+    reduce: None = None,
+    reduction: str = "mean",
+) -> Reduction:
+    if not input.normalized:
+        raise Refused("it reads logits that are not log-probabilities; did you mean cross_entropy?")
+    return cross_entropy(call, input, target, weight, size_average, ignore_index, reduce, reduction)
+
+
+@rule("gather")
+def gather(call: Call, input: DeferredLogits, *args: Any, sparse_grad: bool = False, **kwargs: Any) -> Reduction:
+    dim, index = _gather_arguments(call.node, *args, **kwargs)
+    shape = list(tensor_of(index).shape)
+    picks = shape.pop(input.vocab_dim)
+    if input.dim(dim) != input.vocab_dim or picks != 1 or not same_rows(input, shape):
+        raise Refused(
+            "it picks other than one class for each row; only gather of one class along the vocabulary is known"
+        )
+
+    def build(results: Results) -> Proxy:
+        picked = results.picked - results.lse if input.normalized else results.picked
+        return picked.view_as(results.proxy(index))
+
+    return Reduction(call.node, input, build, index)
+
+
+def _gather_arguments(node: Node, *args: Any, **kwargs: Any) -> tuple[int, Node]:
+    """(dim, index) of gather(input, dim, index) and take_along_dim(input, indices, dim)."""
+    index = next((value for value in (*args, *kwargs.values()) if tensor_of(value) is not None), None)
+    dim = next((value for value in (*args, *kwargs.values()) if isinstance(value, int)), None)
+    if index is None or dim is None:
+        raise Refused("it picks classes along no dimension, or by no tensor")
+    return dim, index
+
+
+@rule("logsumexp")
+def logsumexp(call: Call, input: DeferredLogits, dim: Any, keepdim: bool = False) -> Reduction:
+    _require_vocab(input, dim)
+    if input.normalized:
+        raise Refused("it reads log-probabilities, whose logsumexp is zero")
+    return Reduction(call.node, input, lambda results: _in_rows(input, results.lse, results, keepdim))
+
+
+@rule("sum", "mean")
+def total(call: Call, input: DeferredLogits, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Reduction:
+    """The sum or mean over the vocabulary, of logits or of log-probabilities (label smoothing by hand)."""
+    _require_vocab(input, dim)
+    if not isinstance(input.vocab_size, int):
+        raise Refused("a sum over the vocabulary needs a vocabulary of a constant size")
+    divisor = input.vocab_size if operation(call.node) == "mean" else 1
+
+    def build(results: Results) -> Proxy:
+        value = results.total - input.vocab_size * results.lse if input.normalized else results.total
+        return _in_rows(input, value / divisor, results, keepdim)
+
+    return Reduction(call.node, input, build, want_total=True)
+
+
+def _in_rows(x: DeferredLogits, value: Proxy, results: Results, keepdim: bool) -> Proxy:
+    value = value.view_as(results.rows())
+    return value.unsqueeze(x.vocab_dim) if keepdim else value
+
+
+def _require_vocab(x: DeferredLogits, dim: Any) -> None:
+    dims = dim if isinstance(dim, tuple | list) else (dim,)
+    if len(dims) != 1 or not isinstance(dims[0], int) or x.dim(dims[0]) != x.vocab_dim:
+        raise Refused("it reduces another dimension than the vocabulary")
+
+
+def _require_class_dim(x: DeferredLogits) -> None:
+    if x.vocab_dim != (1 if x.ndim > 1 else 0):
+        raise Refused("its class dimension is not the vocabulary of the matmul")
+
+
+def _require_targets(x: DeferredLogits, target: Any) -> None:
+    tensor = tensor_of(target)
+    if tensor is None or tensor.dtype.is_floating_point:
+        raise Refused("its targets are probabilities; only class indices are supported")
+    if tensor.dtype not in (torch.int64, torch.uint8) or not same_rows(x, tensor.shape):
+        raise Refused(f"its targets have dtype {tensor.dtype} or another shape than the rows of the logits")

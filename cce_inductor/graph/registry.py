@@ -1,0 +1,111 @@
+"""The registry of rules: how each torch operation acts on deferred logits.
+
+A rule is a function with the signature of the operation behind a `Call`. Its deferred operands arrive as
+`DeferredLogits`. It returns the value that the operation has on them, or a `Reduction` where the operation ends the
+logits, or raises `Refused`. An operation without a rule is an escape: the logits are needed in memory.
+"""
+
+import functools
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Node
+
+from ..compat import FakeTensor
+from .logits import DeferredLogits, Refused
+
+Rule = Callable[..., Any]
+RULES: dict[str, Rule] = {}
+
+# Operations under another name, in torch, in Python or as a method of a tensor.
+ALIASES = {
+    "truediv": "div", "true_divide": "div", "divide": "div", "multiply": "mul", "subtract": "sub", "negative": "neg",
+    "swapaxes": "transpose", "swapdims": "transpose", "moveaxis": "movedim", "take_along_dim": "gather",
+    "__getitem__": "getitem", "view_as": "view", "reshape_as": "view",
+}  # fmt: skip
+NAMESPACES = (torch, F, torch._C._nn, torch.special, torch.functional, operator, torch.Tensor)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One operation of the graph that reads deferred logits."""
+
+    node: Node
+
+    @property
+    def output(self) -> Any:
+        """The fake value that the operation has in the program: shapes, dtypes and devices, no data."""
+        return self.node.meta["example_value"]
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Registers a rule for operations, by their name in torch."""
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            RULES[name] = function
+        return function
+
+    return register
+
+
+def operation(node: Node) -> str:
+    """What a node calls, under its name in torch, or a qualified name where it is not torch's."""
+    if node.op == "call_method":
+        return ALIASES.get(node.target, node.target)
+    if node.op != "call_function":
+        return node.op
+    if node.target is getattr and isinstance(node.args[1], str):
+        return node.args[1]
+    name = getattr(node.target, "__name__", str(node.target))
+    if not _is_torch(node.target, name):
+        return f"{getattr(node.target, '__module__', '')}.{name}".lstrip(".")
+    return ALIASES.get(name, name)
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_torch(function: Callable, name: str) -> bool:
+    """Whether a function is torch's (or Python's operator) of that name, not somebody's of the same name."""
+    return any(getattr(namespace, name, None) is function for namespace in NAMESPACES)
+
+
+def apply(node: Node, values: dict[Node, Any]) -> Any:
+    """What a node does to the deferred values among its operands; raises `Refused` where nobody knows."""
+    name = operation(node)
+    function = RULES.get(name)
+    if function is None:
+        raise Refused(f"`{name}` of the logits is not understood, so they are needed in memory")
+    args = node.args[:1] if node.target is getattr else node.args
+    args = [_operand(arg, values) for arg in args]
+    kwargs = {key: _operand(arg, values) for key, arg in node.kwargs.items()}
+    try:
+        return function(Call(node), *args, **kwargs)
+    except TypeError as error:
+        raise Refused(f"`{name}` is called in a way that is not understood ({error})") from error
+
+
+def _operand(arg: Any, values: dict[Node, Any]) -> Any:
+    if isinstance(arg, Node):
+        return values.get(arg, arg)
+    nested: list[Node] = []
+    torch.fx.node.map_arg(arg, nested.append)
+    if any(node in values for node in nested):
+        raise Refused("the logits are combined with other tensors, so they are needed in memory")
+    return arg
+
+
+def logits_and_other(a: Any, b: Any) -> tuple[DeferredLogits, Any]:
+    """The deferred operand of a commutative operation and the other one."""
+    if isinstance(a, DeferredLogits) and isinstance(b, DeferredLogits):
+        raise Refused("the logits are combined with themselves element by element")
+    return (a, b) if isinstance(a, DeferredLogits) else (b, a)
+
+
+def tensor_of(arg: Any) -> FakeTensor | None:
+    """The fake tensor that an operand stands for, None if it is no tensor."""
+    value = arg.meta.get("example_value") if isinstance(arg, Node) else None
+    return value if isinstance(value, torch.Tensor) else None

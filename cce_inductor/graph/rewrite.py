@@ -1,0 +1,135 @@
+"""Rewrites a site: emits operator calls and loss arithmetic, compares the results, then lets the old nodes go.
+
+Nothing that exists is changed before the comparison. A failure erases the new nodes and the graph is as it was.
+"""
+
+import operator
+
+import torch
+from torch.fx import Node
+
+from ..compat import statically_equal
+from ..ops.library import vocab_reductions
+from ..options import Options
+from ..report import Rewrite
+from .effects import first_write
+from .emitter import Emitter
+from .logits import Refused
+from .reductions import Results
+from .registry import operation, tensor_of
+from .sites import Site, location, logits_bytes
+from .sweeps import Sweep, sweeps_of
+
+
+def rewrite(site: Site, options: Options) -> Rewrite:
+    """Rewrites a site in its graph; raises `Refused`, or whatever went wrong, with the graph as it was."""
+    graph = site.logits.matmul.graph
+    sweeps = sweeps_of(site)
+    emitter = Emitter(graph)
+    try:
+        replacements = [pair for sweep in sweeps for pair in _emit(sweep, site, emitter, options)]
+        for node, replacement in replacements:
+            _require_same(node, replacement)
+        report = _describe(site, len(sweeps))
+    except BaseException:
+        emitter.undo()
+        raise
+    for node, replacement in replacements:
+        node.replace_all_uses_with(replacement)
+    for node in (*reversed(site.chain), *reversed(emitter.nodes)):
+        if not node.users:
+            graph.erase_node(node)
+    return report
+
+
+def _emit(sweep: Sweep, site: Site, emitter: Emitter, options: Options) -> list[tuple[Node, Node]]:
+    """(old node, its replacement) for each reduction of a sweep."""
+    anchor = sweep.reductions[0].node
+    logits = sweep.reductions[0].logits
+    operands = [*logits.hidden.operands(), *logits.weight.operands()]
+    operands += [node for bias in logits.biases for node in bias.operands()]
+    _require_unwritten(operands, site.logits.matmul, anchor)
+    with emitter.at(anchor, sweep.grad_enabled):
+        target = sweep.target
+        flat_target = None if target is None else _flat_target(target, emitter)
+        outputs = emitter.call(
+            vocab_reductions,
+            emitter.as_matrix(logits.hidden.flat().emit(emitter.call)),
+            logits.weight.emit(emitter.call),
+            _sum([bias.emit(emitter.call) for bias in logits.biases], emitter),
+            flat_target,
+            sweep.find("total_weight"),
+            logit_map=str(logits.logit_map),
+            want_total=sweep.want_total,
+            ignore_index=sweep.find("ignore_index"),
+            compute_dtype=logits.compute_dtype,
+            workspace_mib=options.workspace_mib,
+        )
+        lse, picked, total = (emitter.proxy(emitter.call(operator.getitem, outputs, i)) for i in range(3))
+    pairs = []
+    for reduction in sweep.reductions:
+        node = reduction.node
+        reads = [n for n in node.all_input_nodes if n not in site.chain and tensor_of(n) is not None]
+        _require_unwritten(reads, anchor, node)
+        with emitter.at(node, sweep.grad_enabled):
+            results = Results(
+                lse,
+                picked,
+                total,
+                None if flat_target is None else emitter.proxy(flat_target),
+                lambda hidden=reduction.logits.hidden: emitter.rows(hidden),
+                emitter.proxy,
+            )
+            dtype = tensor_of(node).dtype
+            value = reduction.build(results)
+            pairs.append((node, value.node if tensor_of(value.node).dtype == dtype else value.to(dtype).node))
+    return pairs
+
+
+def _flat_target(target: Node, emitter: Emitter) -> Node:
+    flat = emitter.call(torch.flatten, target)
+    return flat if tensor_of(flat).dtype == torch.int64 else emitter.call(torch.Tensor.long, flat)
+
+
+def _sum(vectors: list[Node], emitter: Emitter) -> Node | None:
+    total = None
+    for vector in vectors:
+        total = vector if total is None else emitter.call(torch.add, total, vector)
+    return total
+
+
+def _require_unwritten(tensors: list[Node], after: Node, before: Node) -> None:
+    """An operand must not change between the place where the program reads it and the place where we do."""
+    nodes = list(after.graph.nodes)
+    write = first_write(nodes[nodes.index(after) + 1 : nodes.index(before)], tensors)
+    if write is not None:
+        raise Refused(
+            f"`{operation(write)}` at {location(write)} changes an operand in place before the loss is computed"
+        )
+
+
+def _require_same(node: Node, replacement: Node) -> None:
+    old, new = tensor_of(node), tensor_of(replacement)
+    same_shape = old.dim() == new.dim() and all(map(statically_equal, old.shape, new.shape))
+    if not same_shape or (old.dtype, old.device, old.requires_grad) != (
+        new.dtype,
+        new.device,
+        new.requires_grad,
+    ):
+        raise AssertionError(
+            f"{operation(node)} gives {tuple(old.shape)} {old.dtype} {old.device} requires_grad={old.requires_grad}, "
+            f"its replacement {tuple(new.shape)} {new.dtype} {new.device} requires_grad={new.requires_grad}"
+        )
+
+
+def _describe(site: Site, operator_calls: int) -> Rewrite:
+    logits = site.logits
+    rows = " x ".join(str(size) for size in logits.row_shape) or "1"
+    return Rewrite(
+        location=location(logits.matmul),
+        losses=tuple(dict.fromkeys(reduction.name for reduction in site.reductions)),
+        shape=(rows, str(site.reductions[0].logits.vocab_size), str(logits.width)),
+        logit_map=str(site.reductions[0].logits.logit_map),
+        operator_calls=operator_calls,
+        logits_bytes=logits_bytes(site),
+    )

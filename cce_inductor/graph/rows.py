@@ -1,0 +1,195 @@
+"""Rules for operations on the rows of the logits: replayed on the hidden states, whose rows are the same."""
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ..compat import statically_equal
+from .logits import DeferredLogits, Refused
+from .registry import Call, operation, rule, tensor_of
+
+FULL = slice(None, None, None)
+
+
+@rule(
+    "contiguous",
+    "clone",
+    "alias",
+    "cuda",
+    "cpu",
+    "float",
+    "half",
+    "bfloat16",
+    "double",
+    "to",
+    "type",
+    "type_as",
+)
+def convert(call: Call, x: DeferredLogits, *_: Any, **__: Any) -> DeferredLogits:
+    """Copies and casts: only the dtype that comes out matters."""
+    source = x.matmul.meta["example_value"]
+    if not isinstance(call.output, torch.Tensor) or call.output.device != source.device:
+        raise Refused("the logits move to another device")
+    return x.to(call.output.dtype)
+
+
+@rule("detach")
+def detach(call: Call, x: DeferredLogits) -> DeferredLogits:
+    return x.detach()
+
+
+@rule("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze")
+def reshape(call: Call, x: DeferredLogits, *sizes: Any, **_: Any) -> DeferredLogits:
+    """Operations that keep all elements in order: described by the shape that comes out."""
+    if call.output.dtype != x.dtype:
+        raise Refused("the bits of the logits are viewed as another dtype")
+    if operation(call.node) not in ("view", "reshape"):
+        sizes = ()
+    return x.reshape(call.output.shape, _row_sizes(tuple(call.output.shape[:-1]), sizes))
+
+
+def _row_sizes(shape: tuple, arguments: tuple) -> tuple | None:
+    """Row sizes as arguments for torch.reshape: numbers, one -1, and the program's own nodes for dynamic ones."""
+    if sum(not isinstance(size, int) for size in shape) <= 1:
+        return tuple(size if isinstance(size, int) else -1 for size in shape)
+    if len(arguments) == 1 and isinstance(arguments[0], tuple | list):
+        arguments = tuple(arguments[0])
+    if len(arguments) != len(shape) + 1:
+        return None
+    return arguments[:-1]
+
+
+@rule("transpose", "permute", "movedim", "t", "T", "mT", "swapaxes")
+def permute(call: Call, x: DeferredLogits, *args: Any, **kwargs: Any) -> DeferredLogits:
+    order = _order(call, x.ndim, args, kwargs)
+    rows = [x.row_dim(dim) for dim in order if dim != x.vocab_dim]
+    vocab_dim = order.index(x.vocab_dim)
+    if rows == sorted(rows):
+        return x.moved(call.output.shape, vocab_dim)
+    return x.replay(torch.permute, (*rows, len(rows)), shape=call.output.shape, vocab_dim=vocab_dim)
+
+
+def _order(call: Call, ndim: int, args: tuple, kwargs: dict) -> list[int]:
+    """The permutation of a call, read off the shape that it gives to a tensor whose sizes tell its dimensions."""
+    probe = torch.empty(tuple(range(2, 2 + ndim)), device="meta")
+    target = call.node.target
+    if target is getattr:
+        moved = getattr(probe, call.node.args[1])
+    elif call.node.op == "call_method":
+        moved = getattr(probe, target)(*args, **kwargs)
+    else:
+        moved = target(probe, *args, **kwargs)
+    return [size - 2 for size in moved.shape]
+
+
+@rule("getitem")
+def getitem(call: Call, x: Any, index: Any) -> Any:
+    if isinstance(x, tuple):  # what chunk, split or unbind gave
+        return x[index]
+    entries = _full_index(x, index if isinstance(index, tuple) else (index,))
+    before, vocab_entry, after = _split_at_vocab(x, entries)
+    if not isinstance(vocab_entry, slice):
+        raise Refused("single classes are picked by indexing; use gather(-1, index) or cross_entropy")
+    x = _vocab_slice(x, vocab_entry)
+    vocab_dim = sum(_output_dims(entry) for entry in before)
+    rows = (*before, *after)
+    if all(entry == FULL for entry in rows if not isinstance(entry, Node)) and not any(map(_is_node, rows)):
+        return x.moved(call.output.shape, vocab_dim)
+    return x.replay(operator.getitem, rows, shape=call.output.shape, vocab_dim=vocab_dim)
+
+
+def _is_node(entry: Any) -> bool:
+    return isinstance(entry, Node)
+
+
+def _full_index(x: DeferredLogits, index: tuple) -> list[Any]:
+    """The index with one entry for each dimension that it consumes: no Ellipsis, none left out."""
+    tensors = [entry for entry in index if tensor_of(entry) is not None]
+    known = all(entry is None or entry is Ellipsis or isinstance(entry, int | slice | Node) for entry in index)
+    ints = any(isinstance(entry, int) or (_is_node(entry) and tensor_of(entry) is None) for entry in index)
+    if not known or any(isinstance(entry, bool) for entry in index) or len(tensors) > 1 or (tensors and ints):
+        raise Refused("the logits are indexed by several tensors or lists; use one index tensor, or gather")
+    missing = x.ndim - sum(_consumed_dims(entry) for entry in index)
+    at = index.index(Ellipsis) if Ellipsis in index else len(index)
+    return [*index[:at], *[FULL] * missing, *index[at + 1 :]]
+
+
+def _consumed_dims(entry: Any) -> int:
+    if entry is None or entry is Ellipsis:
+        return 0
+    tensor = tensor_of(entry)
+    return tensor.ndim if tensor is not None and tensor.dtype == torch.bool else 1
+
+
+def _output_dims(entry: Any) -> int:
+    tensor = tensor_of(entry)
+    if tensor is not None:
+        return 1 if tensor.dtype == torch.bool else tensor.ndim
+    return int(entry is None or isinstance(entry, slice))
+
+
+def _split_at_vocab(x: DeferredLogits, entries: list) -> tuple[list, Any, list]:
+    dim = 0
+    for position, entry in enumerate(entries):
+        consumed = _consumed_dims(entry)
+        if dim <= x.vocab_dim < dim + consumed:
+            return entries[:position], entry if consumed == 1 else None, entries[position + 1 :]
+        dim += consumed
+    raise Refused("the vocabulary dimension is not found in the index")
+
+
+def _vocab_slice(x: DeferredLogits, entry: slice) -> DeferredLogits:
+    """A slice of the vocabulary is a slice of the weight's rows and of the bias."""
+    if entry == FULL:
+        return x
+    numbers = (entry.start, entry.stop, entry.step)
+    if not (isinstance(x.vocab_size, int) and all(number is None or isinstance(number, int) for number in numbers)):
+        raise Refused("the vocabulary is sliced by a dynamic size; slice it by a constant")
+    start, stop, step = entry.indices(x.vocab_size)
+    if step != 1 or x.normalized:
+        raise Refused("log-probabilities are sliced, or the vocabulary with a step; slice the logits, step by one")
+    return x.slice_vocab(start, max(stop, start))
+
+
+@rule("narrow")
+def narrow(call: Call, x: DeferredLogits, dim: int, start: Any, length: Any) -> DeferredLogits:
+    if x.dim(dim) == x.vocab_dim:
+        if not (isinstance(start, int) and isinstance(length, int)):
+            raise Refused("the vocabulary is narrowed by a dynamic size; narrow it by a constant")
+        return _vocab_slice(x, slice(start, start + length))
+    return x.replay(torch.narrow, x.row_dim(dim), start, length, shape=call.output.shape)
+
+
+@rule("select")
+def select(call: Call, x: DeferredLogits, dim: int, index: Any) -> DeferredLogits:
+    row_dim = x.row_dim(dim)
+    vocab_dim = x.vocab_dim - (x.dim(dim) < x.vocab_dim)
+    return x.replay(torch.select, row_dim, index, shape=call.output.shape, vocab_dim=vocab_dim)
+
+
+@rule("index_select")
+def index_select(call: Call, x: DeferredLogits, dim: int, index: Node) -> DeferredLogits:
+    return x.replay(torch.index_select, x.row_dim(dim), index, shape=call.output.shape)
+
+
+@rule("chunk", "split", "tensor_split")
+def split(call: Call, x: DeferredLogits, sizes: Any = None, dim: int = 0, **named: Any) -> tuple:
+    """Pieces along the rows: each replays the split and takes its part. The piece sizes may be named."""
+    [sizes] = [sizes] if sizes is not None else named.values()
+    function = getattr(torch, call.node.target if call.node.op == "call_method" else call.node.target.__name__)
+    pieces = x.hidden.then(function, sizes, x.row_dim(dim))
+    return tuple(x.piece(pieces, i, part.shape, x.vocab_dim) for i, part in enumerate(call.output))
+
+
+@rule("unbind")
+def unbind(call: Call, x: DeferredLogits, dim: int = 0) -> tuple:
+    pieces = x.hidden.then(torch.unbind, x.row_dim(dim))
+    vocab_dim = x.vocab_dim - (x.dim(dim) < x.vocab_dim)
+    return tuple(x.piece(pieces, i, part.shape, vocab_dim) for i, part in enumerate(call.output))
+
+
+def same_rows(x: DeferredLogits, shape: Any) -> bool:
+    """Whether a shape is the logits' shape without the vocabulary, whatever the inputs."""
+    return len(shape) == x.ndim - 1 and all(map(statically_equal, shape, x.row_shape))

@@ -1,0 +1,154 @@
+"""Finds sites: matmuls whose result is used for nothing but reductions over its last dimension.
+
+From each matmul the deferred logits are followed through the graph by the rules, in the order of the graph.
+"""
+
+import heapq
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.fx import Graph, Node
+
+from ..compat import size_hint, statically_equal
+from ..options import Options
+from ..report import Refusal
+from . import maps, matmuls, rows  # noqa: F401 (they register their rules)
+from .logits import DeferredLogits, Refused
+from .reductions import Reduction
+from .registry import apply, operation, tensor_of
+
+LOSSES = ("cross_entropy", "nll_loss")
+
+
+@dataclass
+class Site:
+    """A matmul, the reductions that its logits end in, and where they escape: an escape needs them in memory."""
+
+    logits: DeferredLogits
+    reductions: list[Reduction] = field(default_factory=list)
+    escapes: dict[Node, str] = field(default_factory=dict)
+    chain: list[Node] = field(default_factory=list)  # the deferred values and the reductions, in graph order
+
+
+def find_sites(graph: Graph) -> list[Site]:
+    """All matmuls of a graph as sites, most of them without any reduction."""
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    starts = (matmuls.start(node) for node in graph.nodes)
+    return [_follow(logits, position) for logits in starts if logits is not None]
+
+
+def _follow(logits: DeferredLogits, position: dict[Node, int]) -> Site:
+    site = Site(logits)
+    values: dict[Node, Any] = {logits.matmul: logits}
+    queue = [position[logits.matmul]]
+    nodes = list(position)
+    queued = set(queue)
+    while queue:
+        node = nodes[heapq.heappop(queue)]
+        site.chain.append(node)
+        if node is not logits.matmul:
+            try:
+                values[node] = apply(node, values)
+            except Refused as refused:
+                site.escapes[node] = str(refused)
+                continue
+            if isinstance(values[node], Reduction):
+                site.reductions.append(values.pop(node))
+                continue
+        for user in node.users:
+            if position[user] not in queued:
+                queued.add(position[user])
+                heapq.heappush(queue, position[user])
+    return site
+
+
+def why_not(site: Site, options: Options) -> Refusal | None:
+    """Why a site should stay as it is, by what is known of it alone; None where it can be rewritten."""
+    for node, reason in site.escapes.items():
+        if node.op == "output":
+            if not site.reductions:
+                reason = "the logits are returned and no loss of them is in this graph; compile the loss with the model"
+            else:
+                reason = "the logits are returned beside the loss; return the loss alone where nobody reads the logits"
+            return refusal(site.logits.matmul, "return", reason)
+        return refusal(node, operation(node), reason)
+    vocab, size = size_hint(site.logits.vocab_size), logits_bytes(site)
+    if vocab is not None and vocab < options.min_vocab:
+        reason = f"{vocab} classes are fewer than min_vocab={options.min_vocab}: too few to gain; 0 rewrites all"
+        return refusal(site.logits.matmul, site.reductions[0].name, reason)
+    if size is not None and size < options.min_logits_bytes:
+        reason = f"the logits take {size} bytes, less than min_logits_bytes={options.min_logits_bytes}; 0 rewrites all"
+        return refusal(site.logits.matmul, site.reductions[0].name, reason)
+    return None
+
+
+def is_worth_reporting(site: Site, options: Options) -> bool:
+    """Whether a user may have expected a rewrite: a loss was reached, or a large head's logits are just returned."""
+    if site.reductions:
+        return True
+    vocab = size_hint(site.logits.vocab_size)
+    only_returned = bool(site.escapes) and all(node.op == "output" for node in site.escapes)
+    return only_returned and vocab is not None and vocab >= max(options.min_vocab, 1024)
+
+
+def logits_bytes(site: Site) -> int | None:
+    """What the logits would take in memory as they enter the first reduction; None for unknown sizes."""
+    logits = site.reductions[0].logits
+    sizes = [size_hint(size) for size in site.logits.shape]
+    if any(size is None for size in sizes):
+        return None
+    count = logits.dtype.itemsize
+    for size in sizes:
+        count *= size
+    return count
+
+
+def orphan_losses(graph: Graph, sites: list[Site], options: Options) -> list[Refusal]:
+    """Refusals for the losses that no site reaches, with the operation that cut them off where one can be named."""
+    reached = {reduction.node for site in sites for reduction in site.reductions}
+    escapes = {node: reason for site in sites for node, reason in site.escapes.items()}
+    refusals = []
+    for node in graph.nodes:
+        if operation(node) not in LOSSES or node in reached:
+            continue
+        source = tensor_of(node.args[0] if node.args else node.kwargs.get("input"))
+        if source is None or source.dim() == 0:
+            continue
+        vocab = source.shape[1 if source.dim() > 1 else 0]
+        if (size_hint(vocab) or 0) < options.min_vocab:
+            continue
+        cut = _cut(node, vocab, escapes)
+        reason = "its logits are no product with a weight in this graph: an input, or the graph broke before the loss"
+        refusals.append(refusal(cut or node, operation(cut or node), escapes[cut] if cut else reason))
+    return refusals
+
+
+def _cut(loss: Node, vocab: Any, escapes: dict[Node, str]) -> Node | None:
+    """The escape through which the logits went into a loss: found backwards along tensors as wide as the logits."""
+    seen, stack = set(), [loss]
+    while stack:
+        node = stack.pop()
+        if node in escapes:
+            return node
+        for source in node.all_input_nodes:
+            tensor = tensor_of(source)
+            if (
+                source not in seen
+                and tensor is not None
+                and any(statically_equal(size, vocab) for size in tensor.shape)
+            ):
+                seen.add(source)
+                stack.append(source)
+    return None
+
+
+def refusal(node: Node, name: str, reason: str) -> Refusal:
+    return Refusal(location(node), name, reason)
+
+
+def location(node: Node) -> str:
+    """ "file:line" of the user's innermost frame that made a node, "" where Dynamo kept none."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    own = [frame for frame in frames if "/torch/nn/" not in frame[0].replace("\\", "/")] or frames
+    return ":".join(own[-1]) if own else ""

@@ -1,0 +1,106 @@
+"""Sweeps: which reductions of a site one operator call, one pass over the vocabulary, can serve."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import Node
+
+from .effects import grad_modes, written
+from .logits import DeferredLogits, Refused
+from .reductions import Reduction
+from .registry import operation
+from .sites import Site
+
+# Operations that prepare targets and may be moved before a reduction: no writes, no randomness.
+_MOVABLE = {
+    "getitem", "view", "reshape", "flatten", "contiguous", "to", "long", "clone", "pad", "squeeze", "unsqueeze", "roll",
+    "clamp", "clamp_min", "where", "masked_fill", "ne", "eq", "lt", "ge", "narrow", "transpose", "permute", "full_like",
+    "cat", "new_full", "chunk", "split", "detach",
+}  # fmt: skip
+
+
+@dataclass
+class Sweep:
+    """Reductions that one operator call serves: the same logits, at most one target and one total over the classes."""
+
+    reductions: list[Reduction]
+    grad_enabled: bool
+
+    def find(self, attribute: str) -> Any:
+        return next((value for r in self.reductions if (value := getattr(r, attribute)) is not None), None)
+
+    @property
+    def target(self) -> Node | None:
+        return self.find("target")
+
+    @property
+    def want_total(self) -> bool:
+        return any(reduction.want_total for reduction in self.reductions)
+
+    def admits(self, other: Reduction, grad_enabled: bool) -> bool:
+        """Whether the call can serve another reduction too."""
+        mine = self.reductions[0].logits
+        same_target = (
+            self.target is None
+            or other.target is None
+            or (_flat_source(self.target), self.find("ignore_index"))
+            == (_flat_source(other.target), other.ignore_index)
+        )
+        same_total = not (self.want_total and other.want_total) or self.find("total_weight") is other.total_weight
+        same_mode = self.grad_enabled == grad_enabled
+        return same_target and same_total and same_mode and _operator_key(mine) == _operator_key(other.logits)
+
+
+def _operator_key(logits: DeferredLogits) -> tuple:
+    return logits.hidden.flat(), logits.weight, logits.biases, logits.logit_map
+
+
+def _flat_source(node: Node) -> Node:
+    """The tensor that a target is a reshape of: equal for two targets with the same elements in the same order."""
+    while operation(node) in ("view", "reshape", "flatten", "contiguous", "squeeze", "unsqueeze"):
+        node = node.args[0]
+    return node
+
+
+def sweeps_of(site: Site) -> list[Sweep]:
+    """The fewest operator calls, in graph order; raises `Refused` where gradients would differ from the program's."""
+    modes = grad_modes(site.logits.matmul.graph)
+    sweeps: list[Sweep] = []
+    for reduction in site.reductions:
+        grad_enabled = modes[reduction.node]
+        if grad_enabled and not modes[site.logits.matmul]:
+            raise Refused("the logits are computed without gradients and reduced with gradients enabled")
+        admitting = (s for s in sweeps if s.admits(reduction, grad_enabled) and _make_available(reduction, s))
+        home = next(admitting, None)
+        if home is None:
+            sweeps.append(Sweep([reduction], grad_enabled))
+        else:
+            home.reductions.append(reduction)
+    return sweeps
+
+
+def _make_available(reduction: Reduction, sweep: Sweep) -> bool:
+    """Moves the preparation of a target before the first reduction of a sweep; whether that was possible."""
+    anchor = sweep.reductions[0].node
+    late = _late_ancestors([n for n in (reduction.target, reduction.total_weight) if n is not None], anchor)
+    if not late:
+        return True
+    nodes = list(anchor.graph.nodes)
+    between = nodes[nodes.index(anchor) : nodes.index(late[-1])]
+    if any(operation(node) not in _MOVABLE for node in late) or any(map(written, between)):
+        return False
+    for node in late:
+        anchor.prepend(node)
+    return True
+
+
+def _late_ancestors(nodes: list[Node], anchor: Node) -> list[Node]:
+    """The nodes, and what they are computed from, that stand after the anchor, in graph order."""
+    late: set[Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in late and anchor < node:
+            late.add(node)
+            stack += node.all_input_nodes
+    return [node for node in anchor.graph.nodes if node in late]

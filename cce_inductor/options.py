@@ -1,0 +1,62 @@
+"""What a user can set, in one place: `torch.compile(model, backend="cce", options={...})`, `enable(...)`."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from .compat import inductor_option_names
+
+OnRefusal = Literal["log", "warn", "raise"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of the package. They may be mixed with Inductor's own, which are handed on to it.
+
+    mode: Inductor's mode ("default", "reduce-overhead", "max-autotune", ...). The same as `torch.compile(mode=...)`,
+        which takes no options beside it.
+    min_vocab: the fewest classes worth rewriting. With fewer the logits are small and the plain loss is as fast.
+        0 rewrites every head.
+    min_logits_bytes: the least memory, in bytes, that the logits would have to take, in the dtype that enters the
+        loss. 0 rewrites every problem.
+    workspace_mib: scratch memory of the backward in MiB. More makes it faster up to a point.
+    on_refusal: what to do where a loss is found and can't be rewritten: "log" it, "warn" as well, or "raise"
+        `RefusedError`.
+    """
+
+    mode: str | None = None
+    min_vocab: int = 4096
+    min_logits_bytes: int = 16 << 20
+    workspace_mib: int = 256
+    on_refusal: OnRefusal = "log"
+
+    def __post_init__(self) -> None:
+        """Raises TypeError or ValueError, naming the option, for a value that can't be used."""
+        if not (self.mode is None or isinstance(self.mode, str)):
+            raise TypeError(f"option mode must be a string or None, got {self.mode!r}")
+        for name, least in (("min_vocab", 0), ("min_logits_bytes", 0), ("workspace_mib", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"option {name} must be an int, got {value!r}")
+            if value < least:
+                raise ValueError(f"option {name} must be at least {least}, got {value}")
+        if self.on_refusal not in get_args(OnRefusal):
+            raise ValueError(f"option on_refusal must be one of {get_args(OnRefusal)}, got {self.on_refusal!r}")
+
+    @classmethod
+    def split(cls, options: dict[str, Any] | None) -> tuple["Options", dict[str, Any]]:
+        """(ours, Inductor's) from one dictionary; ValueError for a name that neither knows."""
+        names = {field.name: field.default for field in dataclasses.fields(cls)}
+        ours, inductors = {}, {}
+        for name, value in (options or {}).items():
+            if name in names:
+                ours[name] = value
+            elif name.replace("-", "_") in inductor_option_names():
+                inductors[name] = value
+            else:
+                known = ", ".join(f"{name}={default!r}" for name, default in names.items())
+                raise ValueError(
+                    f"unknown option {name!r}: cce_inductor has {known}; every option of torch.compile's Inductor "
+                    "backend is valid too (torch._inductor.list_options())"
+                )
+        return cls(**ours), inductors
