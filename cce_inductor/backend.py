@@ -52,6 +52,7 @@ class _PreGradPass(CustomGraphPass):
         if self.previous is not None:
             self.previous(graph)
         module = graph.owning_module
+        assert module is not None, "Inductor hands over the graph of a module"
         publish(rewrite_module(module, self.options), self.options.on_refusal)
 
     def uuid(self) -> Any:

@@ -21,7 +21,7 @@ class Options:
         loss. 0 rewrites every problem.
     workspace_mib: scratch memory of the backward in MiB. More makes it faster up to a point.
     on_refusal: what to do where a loss is found and can't be rewritten: "log" it, "warn" as well, or "raise"
-        `RefusedError`.
+        `RefusedError`. What is merely too small, or returns logits where no gradients are recorded, is only logged.
     """
 
     mode: str | None = None

@@ -51,11 +51,13 @@ class Refusal:
     location: "file:line" of the operation in the way, or "" where unknown.
     operation: the operation in the way, for example "softmax".
     reason: one sentence that says why, and what would make it work where something would.
+    by_choice: nothing is in the way, but there is too little to gain; `on_refusal` is about the others.
     """
 
     location: str
     operation: str
     reason: str
+    by_choice: bool = False
 
     def __str__(self) -> str:
         return f"{_prefix(self.location)}{self.operation}: {self.reason}"
@@ -111,8 +113,9 @@ def publish(report: Report, on_refusal: OnRefusal) -> None:
         log.info("left alone: %s", refusal)
     for reports in _collectors:
         reports.append(report)
-    if report.refused and on_refusal != "log":
-        message = "\n".join(["cce_inductor left a loss as it was:", *map(str, report.refused)])
+    in_the_way = [refusal for refusal in report.refused if not refusal.by_choice]
+    if in_the_way and on_refusal != "log":
+        message = "\n".join(["cce_inductor left a loss as it was:", *map(str, in_the_way)])
         if on_refusal == "raise":
             raise RefusedError(message)
         warnings.warn(message, stacklevel=2)

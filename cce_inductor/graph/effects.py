@@ -6,6 +6,7 @@ Dynamo's graphs are not functional yet, so moving a computation past a write, or
 import inspect
 import operator
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -19,22 +20,27 @@ _INPLACE_OPERATORS = {
 
 def written(node: Node) -> list[Node]:
     """The tensors of the graph that a node writes in place."""
+    target: Any = node.target
     if node.op == "call_method":
-        return _first(node) if node.target.endswith("_") and not node.target.endswith("__") else []
+        return _first(node) if _ends_in_place(target) else []
     if node.op != "call_function":
         return []
     out = node.kwargs.get("out")
     if out is not None:
         return [arg for arg in (out if isinstance(out, tuple | list) else (out,)) if isinstance(arg, Node)]
-    if node.target is operator.setitem or node.target in _INPLACE_OPERATORS:
+    if target is operator.setitem or target in _INPLACE_OPERATORS:
         return _first(node)
-    if isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
-        return node.all_input_nodes if _is_mutable(node.target) else []
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
-        return node.all_input_nodes if "mutation" in node.target.name() else []
-    name = getattr(node.target, "__name__", "")
-    in_place = (name.endswith("_") and not name.endswith("__")) or _inplace_argument(node)
+    if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        return node.all_input_nodes if _is_mutable(target) else []
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return node.all_input_nodes if "mutation" in target.name() else []
+    in_place = _ends_in_place(getattr(target, "__name__", "")) or _inplace_argument(node)
     return _first(node) if in_place else []
+
+
+def _ends_in_place(name: str) -> bool:
+    """By torch's convention: add_, but not __add__."""
+    return name.endswith("_") and not name.endswith("__")
 
 
 def _first(node: Node) -> list[Node]:
@@ -48,8 +54,9 @@ def _is_mutable(op: torch._ops.OpOverload | torch._ops.OpOverloadPacket) -> bool
 
 def _inplace_argument(node: Node) -> bool:
     """Whether a call such as relu(x, inplace=True) says that it works in place."""
+    target: Any = node.target
     try:
-        arguments = inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments
+        arguments = inspect.signature(target).bind(*node.args, **node.kwargs).arguments
     except (TypeError, ValueError):
         return bool(node.kwargs.get("inplace", False))
     return arguments.get("inplace", False) is True

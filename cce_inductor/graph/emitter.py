@@ -41,12 +41,14 @@ class Emitter(GraphAppendingTracer):
         def value(operand: Node) -> Any:
             return operand.meta["example_value"]
 
-        args, kwargs = map_arg(node.args, value), map_arg(node.kwargs, value)
+        args: Any = map_arg(node.args, value)
+        kwargs: Any = map_arg(node.kwargs, value)
         fake_mode = tensor_of(self._origin).fake_mode
         with fake_mode, torch.set_grad_enabled(self._grad_enabled):
+            target: Any = node.target
             if node.op == "call_method":
-                return getattr(args[0], node.target)(*args[1:], **kwargs)
-            return node.target(*args, **kwargs)
+                return getattr(args[0], target)(*args[1:], **kwargs)
+            return target(*args, **kwargs)
 
     def call(self, function: Callable, *args: Any, **kwargs: Any) -> Node:
         """One call as a node; its arguments may be nodes."""

@@ -30,7 +30,7 @@ def start(node: Node) -> DeferredLogits | None:
     hidden, weight, biases = operands
     shape, vocab_dim = tuple(output.shape), output.dim() - 1
     if operation(node) == "einsum":
-        vocab_dim = node.args[0].split("->")[1].replace(" ", "").index(_einsum_letters(node.args[0])[2])
+        vocab_dim = _einsum_vocab_dim(*node.args)
     width = tensor_of(hidden.source).shape[-1]
     return DeferredLogits(
         node,
@@ -51,7 +51,7 @@ def _flat(operands: tuple) -> list[Replay]:
     return [hidden, weight, *biases]
 
 
-def _shape(arg: Any) -> tuple | None:
+def _shape(arg: Any) -> Any:
     tensor = tensor_of(arg)
     return None if tensor is None else tuple(tensor.shape)
 
@@ -119,6 +119,12 @@ def _einsum_letters(equation: str) -> tuple[str, str, str] | None:
     return (hidden, weight, vocab) if len(set(hidden)) == len(hidden) and vocab in output else None
 
 
+def _einsum_vocab_dim(equation: Any, *_: Any) -> int:
+    letters = _einsum_letters(equation)
+    assert letters is not None, "start() asks only after _einsum() has read the equation"
+    return equation.replace(" ", "").partition("->")[2].index(letters[2])
+
+
 def is_vocab_vector(shape: tuple, vocab_size: Any) -> bool:
     """Whether a tensor of this shape adds one number to each class, the same in every row."""
     ones = all(isinstance(size, int) and size == 1 for size in shape[:-1])
@@ -149,7 +155,8 @@ def _uncast(weight: Replay, compute_dtype: torch.dtype) -> Replay:
 
     The operator casts a slice of the weight at a time, and gives the gradient in the dtype of the parameter.
     """
-    source, steps = weight.source, weight.steps
+    source: Any = weight.source
+    steps = weight.steps
     while True:
         if _is_transpose(source):
             source, steps = source.args[0], (Replay(source).then(torch.t).steps + steps)

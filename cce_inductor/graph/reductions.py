@@ -9,24 +9,26 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import Node, Proxy
+from torch.fx import Node
 
 from ..ops import losses
 from .logits import DeferredLogits, Refused
 from .registry import Call, operation, rule, tensor_of
 from .rows import same_rows
 
+Vector = Any  # a Proxy, used as the tensor that it stands for
+
 
 @dataclass(frozen=True)
 class Results:
     """What the operator gave, as proxies [N] of the graph, and the inputs of one reduction in the same row order."""
 
-    lse: Proxy
-    picked: Proxy
-    total: Proxy
-    target: Proxy | None
-    rows: Callable[[], Proxy]  # a tensor of the shape of the logits' rows
-    proxy: Callable[[Node], Proxy]
+    lse: Vector
+    picked: Vector
+    total: Vector
+    target: Vector
+    rows: Callable[[], Vector]  # a tensor of the shape of the logits' rows
+    proxy: Callable[[Node], Vector]
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Reduction:
 
     node: Node
     logits: DeferredLogits
-    build: Callable[[Results], Proxy]  # in the shape of the node, in the dtype of the operator's results
+    build: Callable[[Results], Vector]  # in the shape of the node, in the dtype of the operator's results
     target: Node | None = None  # one class for each row
     ignore_index: int | None = None
     want_total: bool = False
@@ -73,7 +75,7 @@ def cross_entropy(
     if label_smoothing and not isinstance(input.vocab_size, int):
         raise Refused("label smoothing needs a vocabulary of a constant size")
 
-    def build(results: Results) -> Proxy:
+    def build(results: Results) -> Vector:
         loss = losses.cross_entropy(
             results.lse,
             results.picked,
@@ -125,7 +127,7 @@ def gather(call: Call, input: DeferredLogits, *args: Any, sparse_grad: bool = Fa
             "it picks other than one class for each row; only gather of one class along the vocabulary is known"
         )
 
-    def build(results: Results) -> Proxy:
+    def build(results: Results) -> Vector:
         picked = results.picked - results.lse if input.normalized else results.picked
         return picked.view_as(results.proxy(index))
 
@@ -157,14 +159,14 @@ def total(call: Call, input: DeferredLogits, dim: Any = None, keepdim: bool = Fa
         raise Refused("a sum over the vocabulary needs a vocabulary of a constant size")
     divisor = input.vocab_size if operation(call.node) == "mean" else 1
 
-    def build(results: Results) -> Proxy:
+    def build(results: Results) -> Vector:
         value = results.total - input.vocab_size * results.lse if input.normalized else results.total
         return _in_rows(input, value / divisor, results, keepdim)
 
     return Reduction(call.node, input, build, want_total=True)
 
 
-def _in_rows(x: DeferredLogits, value: Proxy, results: Results, keepdim: bool) -> Proxy:
+def _in_rows(x: DeferredLogits, value: Vector, results: Results, keepdim: bool) -> Vector:
     value = value.view_as(results.rows())
     return value.unsqueeze(x.vocab_dim) if keepdim else value
 

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-from ..compat import FakeTensor
 from .logits import DeferredLogits, Refused
 
 Rule = Callable[..., Any]
@@ -55,15 +54,16 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 def operation(node: Node) -> str:
     """What a node calls, under its name in torch, or a qualified name where it is not torch's."""
+    target: Any = node.target
     if node.op == "call_method":
-        return ALIASES.get(node.target, node.target)
+        return ALIASES.get(target, target)
     if node.op != "call_function":
         return node.op
-    if node.target is getattr and isinstance(node.args[1], str):
+    if target is getattr and isinstance(node.args[1], str):
         return node.args[1]
-    name = getattr(node.target, "__name__", str(node.target))
-    if not _is_torch(node.target, name):
-        return f"{getattr(node.target, '__module__', '')}.{name}".lstrip(".")
+    name = getattr(target, "__name__", str(target))
+    if not _is_torch(target, name):
+        return f"{getattr(target, '__module__', '')}.{name}".lstrip(".")
     return ALIASES.get(name, name)
 
 
@@ -79,8 +79,7 @@ def apply(node: Node, values: dict[Node, Any]) -> Any:
     function = RULES.get(name)
     if function is None:
         raise Refused(f"`{name}` of the logits is not understood, so they are needed in memory")
-    args = node.args[:1] if node.target is getattr else node.args
-    args = [_operand(arg, values) for arg in args]
+    args = [_operand(arg, values) for arg in (node.args[:1] if node.target is getattr else node.args)]
     kwargs = {key: _operand(arg, values) for key, arg in node.kwargs.items()}
     try:
         return function(Call(node), *args, **kwargs)
@@ -105,7 +104,7 @@ def logits_and_other(a: Any, b: Any) -> tuple[DeferredLogits, Any]:
     return (a, b) if isinstance(a, DeferredLogits) else (b, a)
 
 
-def tensor_of(arg: Any) -> FakeTensor | None:
-    """The fake tensor that an operand stands for, None if it is no tensor."""
+def tensor_of(arg: Any) -> Any:
+    """The fake tensor that an operand stands for, None where it is no tensor."""
     value = arg.meta.get("example_value") if isinstance(arg, Node) else None
     return value if isinstance(value, torch.Tensor) else None

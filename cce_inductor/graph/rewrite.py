@@ -3,6 +3,7 @@
 Nothing that exists is changed before the comparison. A failure erases the new nodes and the graph is as it was.
 """
 
+import functools
 import operator
 
 import torch
@@ -77,7 +78,7 @@ def _emit(sweep: Sweep, site: Site, emitter: Emitter, options: Options) -> list[
                 picked,
                 total,
                 None if flat_target is None else emitter.proxy(flat_target),
-                lambda hidden=reduction.logits.hidden: emitter.rows(hidden),
+                functools.partial(emitter.rows, reduction.logits.hidden),
                 emitter.proxy,
             )
             dtype = tensor_of(node).dtype

@@ -74,9 +74,9 @@ def permute(call: Call, x: DeferredLogits, *args: Any, **kwargs: Any) -> Deferre
 def _order(call: Call, ndim: int, args: tuple, kwargs: dict) -> list[int]:
     """The permutation of a call, read off the shape that it gives to a tensor whose sizes tell its dimensions."""
     probe = torch.empty(tuple(range(2, 2 + ndim)), device="meta")
-    target = call.node.target
+    target: Any = call.node.target
     if target is getattr:
-        moved = getattr(probe, call.node.args[1])
+        moved = getattr(probe, operation(call.node))
     elif call.node.op == "call_method":
         moved = getattr(probe, target)(*args, **kwargs)
     else:
@@ -178,8 +178,7 @@ def index_select(call: Call, x: DeferredLogits, dim: int, index: Node) -> Deferr
 def split(call: Call, x: DeferredLogits, sizes: Any = None, dim: int = 0, **named: Any) -> tuple:
     """Pieces along the rows: each replays the split and takes its part. The piece sizes may be named."""
     [sizes] = [sizes] if sizes is not None else named.values()
-    function = getattr(torch, call.node.target if call.node.op == "call_method" else call.node.target.__name__)
-    pieces = x.hidden.then(function, sizes, x.row_dim(dim))
+    pieces = x.hidden.then(getattr(torch, operation(call.node)), sizes, x.row_dim(dim))
     return tuple(x.piece(pieces, i, part.shape, x.vocab_dim) for i, part in enumerate(call.output))
 
 

@@ -4,6 +4,7 @@ From each matmul the deferred logits are followed through the graph by the rules
 """
 
 import heapq
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,22 +66,28 @@ def _follow(logits: DeferredLogits, position: dict[Node, int]) -> Site:
 
 def why_not(site: Site, options: Options) -> Refusal | None:
     """Why a site should stay as it is, by what is known of it alone; None where it can be rewritten."""
+    matmul = site.logits.matmul
     for node, reason in site.escapes.items():
-        if node.op == "output":
-            if not site.reductions:
-                reason = "the logits are returned and no loss of them is in this graph; compile the loss with the model"
-            else:
-                reason = "the logits are returned beside the loss; return the loss alone where nobody reads the logits"
-            return refusal(site.logits.matmul, "return", reason)
-        return refusal(node, operation(node), reason)
+        if node.op != "output":
+            return refusal(node, operation(node), reason)
+    if site.escapes and site.reductions:
+        reason = "the logits are returned beside the loss; return the loss alone where nobody reads the logits"
+        return refusal(matmul, "return", reason)
+    if site.escapes:
+        reason = "the logits are returned and no loss of them is in this graph; compile the loss with the model"
+        return refusal(matmul, "return", reason, by_choice=not tensor_of(matmul).requires_grad)
+    return _too_small(site, options)
+
+
+def _too_small(site: Site, options: Options) -> Refusal | None:
     vocab, size = size_hint(site.logits.vocab_size), logits_bytes(site)
     if vocab is not None and vocab < options.min_vocab:
         reason = f"{vocab} classes are fewer than min_vocab={options.min_vocab}: too few to gain; 0 rewrites all"
-        return refusal(site.logits.matmul, site.reductions[0].name, reason)
-    if size is not None and size < options.min_logits_bytes:
+    elif size is not None and size < options.min_logits_bytes:
         reason = f"the logits take {size} bytes, less than min_logits_bytes={options.min_logits_bytes}; 0 rewrites all"
-        return refusal(site.logits.matmul, site.reductions[0].name, reason)
-    return None
+    else:
+        return None
+    return refusal(site.logits.matmul, site.reductions[0].name, reason, by_choice=True)
 
 
 def is_worth_reporting(site: Site, options: Options) -> bool:
@@ -96,12 +103,8 @@ def logits_bytes(site: Site) -> int | None:
     """What the logits would take in memory as they enter the first reduction; None for unknown sizes."""
     logits = site.reductions[0].logits
     sizes = [size_hint(size) for size in site.logits.shape]
-    if any(size is None for size in sizes):
-        return None
-    count = logits.dtype.itemsize
-    for size in sizes:
-        count *= size
-    return count
+    known = [size for size in sizes if size is not None]
+    return math.prod(known, start=logits.dtype.itemsize) if len(known) == len(sizes) else None
 
 
 def orphan_losses(graph: Graph, sites: list[Site], options: Options) -> list[Refusal]:
@@ -143,8 +146,8 @@ def _cut(loss: Node, vocab: Any, escapes: dict[Node, str]) -> Node | None:
     return None
 
 
-def refusal(node: Node, name: str, reason: str) -> Refusal:
-    return Refusal(location(node), name, reason)
+def refusal(node: Node, name: str, reason: str, by_choice: bool = False) -> Refusal:
+    return Refusal(location(node), name, reason, by_choice)
 
 
 def location(node: Node) -> str:

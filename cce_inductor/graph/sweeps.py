@@ -55,7 +55,7 @@ def _operator_key(logits: DeferredLogits) -> tuple:
     return logits.hidden.flat(), logits.weight, logits.biases, logits.logit_map
 
 
-def _flat_source(node: Node) -> Node:
+def _flat_source(node: Any) -> Node:
     """The tensor that a target is a reshape of: equal for two targets with the same elements in the same order."""
     while operation(node) in ("view", "reshape", "flatten", "contiguous", "squeeze", "unsqueeze"):
         node = node.args[0]
