@@ -1,8 +1,9 @@
-"""Backward kernel: recomputes the logits of a vocabulary slice and stores their gradient.
+"""Backward kernel: recomputes the logits of a block and stores their gradient.
 
     x  = f(z),  z = hidden @ weight.T + bias
     dx = exp(x - lse) * grad_lse + [v == target] * grad_picked + total_weight[v] * grad_total
     dz = dx * f'(z)                                                     stored in the dtype of the matmuls
+    tile_bias[i, v] = sum over n in row block i of dz[n, v]             where the bias needs a gradient
 
 One program owns each tile of dz. The products of dz with hidden and weight are plain matrix multiplications.
 """
@@ -10,6 +11,7 @@ One program owns each tile of dz. The products of dz with hidden and weight are 
 import triton
 import triton.language as tl
 
+from .pointwise import exp
 from .tile import position_in_tile, preactivations, tile_position
 
 
@@ -25,6 +27,7 @@ def gradient_kernel(
     grad_picked,  # [N]
     grad_total,  # [N]
     dz,  # [N, columns of the slice]
+    tile_bias,  # [row blocks, columns of the slice]
     num_rows,
     num_columns,  # of the slice that `weight` holds
     width,
@@ -41,42 +44,40 @@ def gradient_kernel(
     HAS_IGNORE_INDEX: tl.constexpr,
     WANT_TOTAL: tl.constexpr,
     HAS_TOTAL_WEIGHT: tl.constexpr,
+    WANT_BIAS: tl.constexpr,
     USE_TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    GROUP_ROWS: tl.constexpr,
     NUM_PROGRAMS: tl.constexpr,
-    FLATTEN: tl.constexpr,
 ):
     row_blocks = tl.cdiv(num_rows, BLOCK_N)
     column_blocks = tl.cdiv(num_columns, BLOCK_V)
-    for tile in tl.range(tl.program_id(0), row_blocks * column_blocks, NUM_PROGRAMS, flatten=FLATTEN):
-        row_block, column_block = tile_position(tile, row_blocks, column_blocks, GROUP_ROWS)
+    for tile in tl.range(tl.program_id(0), row_blocks * column_blocks, NUM_PROGRAMS):
+        row_block, column_block = tile_position(tile, row_blocks, column_blocks)
         row = row_block * BLOCK_N
         column = column_block * BLOCK_V
-        z = preactivations(
-            hidden, weight, bias, row, column, num_rows, num_columns, width,
-            stride_hn, stride_hd, stride_wv, stride_wd,
-            HAS_BIAS, USE_TMA, PRECISION, BLOCK_N, BLOCK_V, BLOCK_D,
-        )  # fmt: skip
-        x, slope = VALUE_AND_SLOPE(z)
         rows = row + tl.arange(0, BLOCK_N)
         columns = column + tl.arange(0, BLOCK_V)
         row_mask = rows < num_rows
         column_mask = columns < num_columns
         row_lse = tl.load(lse + rows, mask=row_mask, other=0.0)
         row_grad = tl.load(grad_lse + rows, mask=row_mask, other=0.0)
-        dx = tl.exp(x - row_lse[:, None]) * row_grad[:, None]
         if HAS_TARGET:
             targets = tl.load(target + rows, mask=row_mask, other=-1)
-            local, inside = position_in_tile(
-                targets, first_column + column, ignore_index, HAS_IGNORE_INDEX, BLOCK_V
-            )
-            if tl.max(inside.to(tl.int32), 0) > 0:  # most tiles hold the target of none of their rows
-                target_grad = tl.load(grad_picked + rows, mask=row_mask & inside, other=0.0)
-                hit = tl.arange(0, BLOCK_V)[None, :] == local[:, None]
+            position, inside = position_in_tile(targets, first_column + column, ignore_index, HAS_IGNORE_INDEX, BLOCK_V)
+            target_grad = tl.load(grad_picked + rows, mask=row_mask & inside, other=0.0)
+            holds_targets = tl.max(inside.to(tl.int32), 0) > 0  # few tiles do
+
+        z = preactivations(
+            hidden, weight, bias, row, column, num_rows, num_columns, width,
+            stride_hn, stride_hd, stride_wv, stride_wd, HAS_BIAS, USE_TMA, BLOCK_N, BLOCK_V, BLOCK_D,
+        )  # fmt: skip
+        x, slope = VALUE_AND_SLOPE(z)
+        dx = exp(x - row_lse[:, None]) * row_grad[:, None]
+        if HAS_TARGET:
+            if holds_targets:
+                hit = tl.arange(0, BLOCK_V)[None, :] == position[:, None]
                 dx += tl.where(hit, target_grad[:, None], 0.0)
         if WANT_TOTAL:
             total_grad = tl.load(grad_total + rows, mask=row_mask, other=0.0)[:, None]
@@ -84,6 +85,10 @@ def gradient_kernel(
                 scale = tl.load(total_weight + columns, mask=column_mask, other=0.0).to(tl.float32)
                 total_grad = total_grad * scale[None, :]
             dx += total_grad
+        gradient = dx * slope
+        if WANT_BIAS:
+            sums = tl.sum(tl.where(row_mask[:, None], gradient, 0.0), 0)
+            tl.store(tile_bias + row_block.to(tl.int64) * num_columns + columns, sums, mask=column_mask)
         offsets = rows[:, None].to(tl.int64) * stride_dz + columns[None, :]
         mask = row_mask[:, None] & column_mask[None, :]
-        tl.store(dz + offsets, (dx * slope).to(dz.dtype.element_ty), mask=mask)
+        tl.store(dz + offsets, gradient.to(dz.dtype.element_ty), mask=mask)

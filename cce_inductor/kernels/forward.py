@@ -5,13 +5,15 @@
     tile_total[j, n] = sum over v in tile j of total_weight[v] * x[n, v]
     picked[n]        = x[n, target[n]], written by the one tile that holds the target
 
-The log-sum-exp over the whole vocabulary is the log-sum-exp of the tiles' (Wijmans et al., arXiv 2411.09009, computes it
-with locks instead). The kernel is persistent: as many programs as multiprocessors, each walking over many tiles.
+The log-sum-exp over the whole vocabulary is the log-sum-exp of the tiles' (Wijmans et al., arXiv 2411.09009,
+computes it with locks instead). The kernel is persistent: as many programs as multiprocessors, each walking over
+many tiles. While a tile is reduced the tensor cores wait, so every instruction per logit counts there.
 """
 
 import triton
 import triton.language as tl
 
+from .pointwise import exp
 from .tile import position_in_tile, preactivations, tile_position
 
 
@@ -42,51 +44,48 @@ def forward_kernel(
     WANT_TOTAL: tl.constexpr,
     HAS_TOTAL_WEIGHT: tl.constexpr,
     USE_TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    GROUP_ROWS: tl.constexpr,
     NUM_PROGRAMS: tl.constexpr,
-    FLATTEN: tl.constexpr,
 ):
     row_blocks = tl.cdiv(num_rows, BLOCK_N)
     column_blocks = tl.cdiv(num_columns, BLOCK_V)
-    for tile in tl.range(tl.program_id(0), row_blocks * column_blocks, NUM_PROGRAMS, flatten=FLATTEN):
-        row_block, column_block = tile_position(tile, row_blocks, column_blocks, GROUP_ROWS)
+    for tile in tl.range(tl.program_id(0), row_blocks * column_blocks, NUM_PROGRAMS):
+        row_block, column_block = tile_position(tile, row_blocks, column_blocks)
         row = row_block * BLOCK_N
         column = column_block * BLOCK_V
-        z = preactivations(
-            hidden, weight, bias, row, column, num_rows, num_columns, width,
-            stride_hn, stride_hd, stride_wv, stride_wd,
-            HAS_BIAS, USE_TMA, PRECISION, BLOCK_N, BLOCK_V, BLOCK_D,
-        )  # fmt: skip
-        x = VALUE(z)
         rows = row + tl.arange(0, BLOCK_N)
         columns = column + tl.arange(0, BLOCK_V)
         row_mask = rows < num_rows
         column_mask = columns < num_columns
-        result_offsets = (first_tile + column_block).to(tl.int64) * num_rows + rows
+        results = (first_tile + column_block).to(tl.int64) * num_rows + rows
+        if HAS_TARGET:
+            targets = tl.load(target + rows, mask=row_mask, other=-1)
+            position, inside = position_in_tile(targets, first_column + column, ignore_index, HAS_IGNORE_INDEX, BLOCK_V)
+            inside = row_mask & inside
+            holds_targets = tl.max(inside.to(tl.int32), 0) > 0  # few tiles do
 
+        z = preactivations(
+            hidden, weight, bias, row, column, num_rows, num_columns, width,
+            stride_hn, stride_hd, stride_wv, stride_wd, HAS_BIAS, USE_TMA, BLOCK_N, BLOCK_V, BLOCK_D,
+        )  # fmt: skip
+        x = VALUE(z)
         if WANT_TOTAL:
             weighted = x
             if HAS_TOTAL_WEIGHT:
                 scale = tl.load(total_weight + columns, mask=column_mask, other=0.0).to(tl.float32)
                 weighted = x * scale[None, :]
             weighted = tl.where(column_mask[None, :], weighted, 0.0)
-            tl.store(tile_total + result_offsets, tl.sum(weighted, 1), mask=row_mask)
+            tl.store(tile_total + results, tl.sum(weighted, 1), mask=row_mask)
         if HAS_TARGET:
-            targets = tl.load(target + rows, mask=row_mask, other=-1)
-            local, inside = position_in_tile(
-                targets, first_column + column, ignore_index, HAS_IGNORE_INDEX, BLOCK_V
-            )
-            if tl.max(inside.to(tl.int32), 0) > 0:  # most tiles hold the target of none of their rows
-                hit = tl.arange(0, BLOCK_V)[None, :] == local[:, None]
-                tl.store(picked + rows, tl.sum(tl.where(hit, x, 0.0), 1), mask=row_mask & inside)
+            if holds_targets:
+                hit = tl.arange(0, BLOCK_V)[None, :] == position[:, None]
+                tl.store(picked + rows, tl.sum(tl.where(hit, x, 0.0), 1), mask=inside)
 
         if column + BLOCK_V > num_columns:
             x = tl.where(column_mask[None, :], x, -float("inf"))
         peak = tl.max(x, 1)
         shift = tl.where(peak == -float("inf"), 0.0, peak)
-        lse = shift + tl.log(tl.sum(tl.exp(x - shift[:, None]), 1))
-        tl.store(tile_lse + result_offsets, lse, mask=row_mask)
+        lse = shift + tl.log(tl.sum(exp(x - shift[:, None]), 1))
+        tl.store(tile_lse + results, lse, mask=row_mask)

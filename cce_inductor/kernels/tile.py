@@ -1,6 +1,6 @@
-"""The part that every kernel shares: which tile a program works on, and the logits of one tile.
+"""What every kernel shares: which tile a program works on, and the logits of one tile.
 
-    z[n, v] = sum over d of hidden[n, d] * weight[v, d]  (+ bias[v])        n in a row block, v in a vocabulary tile
+    z[n, v] = sum over d of hidden[n, d] * weight[v, d]  (+ bias[v])        n in a row block, v in a tile's columns
 
 Loads go through TMA descriptors where the hardware and the strides allow it and through pointers elsewhere; both
 fill what lies outside the arrays with zeros.
@@ -9,14 +9,14 @@ fill what lies outside the arrays with zeros.
 import triton
 import triton.language as tl
 
+# Programs work on about as many tiles at a time as there are multiprocessors. What they read is least where these
+# tiles form a square of logits: 16 row blocks and 8 tiles of twice their width.
+GROUP_ROWS = tl.constexpr(16)
+
 
 @triton.jit
-def tile_position(tile, num_row_blocks, num_column_blocks, GROUP_ROWS: tl.constexpr):
-    """(row block, column block) of a tile number.
-
-    Row blocks run fastest within a group of GROUP_ROWS: the group's hidden states stay in the L2 cache, and each
-    tile of the weight is read from memory once a group.
-    """
+def tile_position(tile, num_row_blocks, num_column_blocks):
+    """(row block, column block) of a tile number: row blocks run fastest within a group of GROUP_ROWS."""
     group_size = GROUP_ROWS * num_column_blocks
     first_row = (tile // group_size) * GROUP_ROWS
     rows_here = tl.minimum(num_row_blocks - first_row, GROUP_ROWS)
@@ -25,9 +25,7 @@ def tile_position(tile, num_row_blocks, num_column_blocks, GROUP_ROWS: tl.conste
 
 
 @triton.jit
-def position_in_tile(
-    targets, first_column, ignore_index, HAS_IGNORE_INDEX: tl.constexpr, BLOCK_V: tl.constexpr
-):
+def position_in_tile(targets, first_column, ignore_index, HAS_IGNORE_INDEX: tl.constexpr, BLOCK_V: tl.constexpr):
     """(column of each row's target within the tile, whether the tile holds it and it is not ignored)."""
     local = targets - first_column  # 64-bit, as targets are
     inside = (local >= 0) & (local < BLOCK_V)
@@ -44,9 +42,7 @@ def _load_block(
     rows = row + tl.arange(0, ROWS)
     depths = depth + tl.arange(0, K)
     offsets = rows[:, None].to(tl.int64) * stride_row + depths[None, :].to(tl.int64) * stride_depth
-    return tl.load(
-        pointer + offsets, mask=(rows[:, None] < num_rows) & (depths[None, :] < num_depth), other=0.0
-    )
+    return tl.load(pointer + offsets, mask=(rows[:, None] < num_rows) & (depths[None, :] < num_depth), other=0.0)
 
 
 @triton.jit
@@ -57,7 +53,7 @@ def preactivations(
     row,  # first row of the tile
     column,  # first column of the tile
     num_rows,  # N
-    stop_column,  # end of the vocabulary slice that `weight` holds
+    num_columns,  # of the vocabulary slice that `weight` holds
     width,  # D
     stride_hn,
     stride_hd,
@@ -65,7 +61,6 @@ def preactivations(
     stride_wd,
     HAS_BIAS: tl.constexpr,
     USE_TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -79,9 +74,9 @@ def preactivations(
             w = weight.load([column, depth])
         else:
             h = _load_block(hidden, row, depth, num_rows, width, stride_hn, stride_hd, BLOCK_N, BLOCK_D)
-            w = _load_block(weight, column, depth, stop_column, width, stride_wv, stride_wd, BLOCK_V, BLOCK_D)
-        z = tl.dot(h, w.T, z, input_precision=PRECISION)
+            w = _load_block(weight, column, depth, num_columns, width, stride_wv, stride_wd, BLOCK_V, BLOCK_D)
+        z = tl.dot(h, w.T, z, input_precision="ieee")
     if HAS_BIAS:
         columns = column + tl.arange(0, BLOCK_V)
-        z += tl.load(bias + columns, mask=columns < stop_column, other=0.0).to(tl.float32)[None, :]
+        z += tl.load(bias + columns, mask=columns < num_columns, other=0.0).to(tl.float32)[None, :]
     return z

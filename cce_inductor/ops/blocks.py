@@ -16,8 +16,9 @@ from torch import Tensor
 
 from .problem import Problem, spans
 
-Fill = Callable[[slice, slice, Tensor, Tensor], None]
-"""fill(rows, columns, weight, out): writes the block of dz into out [rows, columns]; weight holds those columns."""
+Fill = Callable[[slice, slice, Tensor, Tensor, Tensor | None], None]
+"""fill(rows, columns, weight, dz, grad_bias): writes the block of dz [rows, columns], `weight` holding its columns,
+and adds its sum over rows, taken before dz is rounded, to grad_bias [columns] unless that is None."""
 
 
 def exact_backward(
@@ -32,9 +33,7 @@ def exact_backward(
     sums = {"dtype": problem.accumulate_dtype, "device": hidden.device}
     grad_hidden = allocate(hidden.shape, **sums) if needs_hidden else empty
     grad_weight = (
-        allocate(problem.weight.shape, dtype=problem.weight.dtype, device=hidden.device)
-        if needs_weight
-        else empty
+        allocate(problem.weight.shape, dtype=problem.weight.dtype, device=hidden.device) if needs_weight else empty
     )
     grad_bias = problem.zeros(vocab_size) if needs_bias else empty
     workspace = hidden.new_empty(block_rows, block_columns)
@@ -48,13 +47,11 @@ def exact_backward(
             slice_grad = grad_weight[columns] if direct else torch.empty(weight.shape, **sums)
         for rows in row_blocks:
             dz = workspace[: rows.stop - rows.start, : columns.stop - columns.start]
-            fill(rows, columns, weight, dz)
+            fill(rows, columns, weight, dz, grad_bias[columns] if needs_bias else None)
             if needs_hidden:
                 add_matmul(grad_hidden[rows], dz, weight, first=columns.start == 0)
             if needs_weight:
                 add_matmul(slice_grad, dz.T, hidden[rows], first=rows.start == 0)
-            if needs_bias:
-                grad_bias[columns] += dz.sum(0, dtype=problem.accumulate_dtype)
         if needs_weight and row_blocks and not direct:
             grad_weight[columns] = slice_grad
     bias_dtype = problem.accumulate_dtype if problem.bias is None else problem.bias.dtype

@@ -39,9 +39,7 @@ def _check_targets(problem: Problem) -> None:
     if bad.any():
         first = problem.target[bad][0].item()
         if problem.ignore_index is None:
-            raise RuntimeError(
-                f"index {first} is out of bounds for dimension 1 with size {problem.vocab_size}"
-            )
+            raise RuntimeError(f"index {first} is out of bounds for dimension 1 with size {problem.vocab_size}")
         raise IndexError(f"Target {first} is out of bounds.")
 
 
@@ -93,7 +91,7 @@ def backward(
     """Gradients of hidden, weight and bias for the gradients [lse, picked, total] of the results."""
     grad_lse, grad_picked, grad_total = (g.unsqueeze(1) for g in grads)
 
-    def fill(rows: slice, columns: slice, weight: Tensor, out: Tensor) -> None:
+    def fill(rows: slice, columns: slice, weight: Tensor, dz: Tensor, grad_bias: Tensor | None) -> None:
         z = _preactivations(problem, problem.hidden[rows], weight, columns)
         x, slope = problem.logit_map.value_and_derivative(z)
         dx = torch.sub(x, lse[rows].unsqueeze(1)).exp_().mul_(grad_lse[rows])
@@ -103,6 +101,10 @@ def backward(
         if problem.want_total:
             total_weight = 1.0 if problem.total_weight is None else problem.total_weight[columns].to(dx.dtype)
             dx += grad_total[rows] * total_weight
-        out.copy_(dx if slope is None else dx.mul_(slope))
+        if slope is not None:
+            dx *= slope
+        if grad_bias is not None:
+            grad_bias += dx.sum(0)
+        dz.copy_(dx)
 
     return exact_backward(problem, needs_grad, *_block_shape(problem), fill)

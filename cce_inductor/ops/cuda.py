@@ -13,21 +13,21 @@ from ..kernels.config import tile_config
 from ..kernels.forward import forward_kernel
 from . import cpu
 from .blocks import exact_backward
-from .problem import MIB, Problem, spans
+from .problem import Problem, spans
 
 COLUMN_MULTIPLE = 256  # vocabulary slices are multiples of the widest tile
 NARROWEST_SLICE = 8 * COLUMN_MULTIPLE  # below this, the matmuls of the backward would be short of work
-L2_SHARE_BYTES = 24 * MIB  # hidden states that a group of row blocks may keep in the L2 cache
 
 
 def supported(problem: Problem) -> bool:
     """Whether the Triton kernels cover the problem; `cpu.py` computes the rest with ATen on the same device.
 
-    Not covered: float64; empty operands.
+    Not covered: float64; float32, where cuBLAS is faster than a Triton kernel without tensor cores, and its TF32
+    rounds the operands where Triton cuts them off; empty operands.
     """
-    return (
-        problem.compute_dtype != torch.float64
-        and min(problem.num_rows, problem.vocab_size, problem.width) > 0
+    interpreted = not problem.hidden.is_cuda
+    return (interpreted or problem.compute_dtype.itemsize == 2) and (
+        min(problem.num_rows, problem.vocab_size, problem.width) > 0
     )
 
 
@@ -67,8 +67,11 @@ def backward(
     launch = Launch(problem, backward=True)
     value_and_slope = template.load(problem.logit_map).value_and_slope
 
-    def fill(rows: slice, columns: slice, weight: Tensor, out: Tensor) -> None:
+    def fill(rows: slice, columns: slice, weight: Tensor, dz: Tensor, grad_bias: Tensor | None) -> None:
         grad_lse, grad_picked, grad_total = (grad[rows] for grad in grads)
+        tile_bias = None
+        if grad_bias is not None:
+            tile_bias = problem.zeros(launch.row_blocks(rows), weight.shape[0])
         launch(
             gradient_kernel,
             rows,
@@ -78,10 +81,14 @@ def backward(
             grad_lse=grad_lse,
             grad_picked=grad_picked,
             grad_total=grad_total,
-            dz=out,
-            stride_dz=out.stride(0),
+            dz=dz,
+            tile_bias=tile_bias,
+            stride_dz=dz.stride(0),
             VALUE_AND_SLOPE=value_and_slope,
+            WANT_BIAS=grad_bias is not None,
         )
+        if grad_bias is not None and tile_bias is not None:
+            grad_bias += tile_bias.sum(0)
 
     return exact_backward(problem, needs_grad, *_block_shape(problem), fill)
 
@@ -128,13 +135,15 @@ class Launch:
     def __init__(self, problem: Problem, backward: bool) -> None:
         self.problem = problem
         capability, self.processors = _device_properties(problem.hidden.device)
-        full = torch.get_float32_matmul_precision() == "highest"
-        self.precision = "ieee" if full and problem.compute_dtype == torch.float32 else "tf32"
-        self.config = tile_config(problem.compute_dtype, self.precision, capability, backward)
+        self.config = tile_config(capability, backward)
         self.tma = capability is None or capability >= (9, 0)
         # the interpreter would multiply bfloat16 as if it were integers
         self.widen = capability is None and problem.compute_dtype == torch.bfloat16
         self.hidden = problem.hidden if _describable(problem.hidden) else problem.hidden.contiguous()
+
+    def row_blocks(self, rows: slice) -> int:
+        """How many tiles lie under each other in these rows."""
+        return -(-(rows.stop - rows.start) // self.config.block_n)
 
     def __call__(self, kernel: Any, rows: slice, columns: slice, weight: Tensor, **arguments: Any) -> None:
         """Runs a kernel over the tiles of a block of the logits; `weight` holds its columns."""
@@ -142,7 +151,7 @@ class Launch:
         hidden = self.hidden[rows]
         if self.widen:
             hidden, weight = hidden.float(), weight.float()
-        tiles = -(-hidden.shape[0] // config.block_n) * -(-weight.shape[0] // config.block_v)
+        tiles = self.row_blocks(rows) * -(-weight.shape[0] // config.block_v)
         programs = min(tiles, self.processors)
         tma = self.tma and _describable(hidden) and _describable(weight)
         kernel[(programs,)](
@@ -166,23 +175,14 @@ class Launch:
             WANT_TOTAL=problem.want_total,
             HAS_TOTAL_WEIGHT=problem.total_weight is not None,
             USE_TMA=tma,
-            PRECISION=self.precision,
             BLOCK_N=config.block_n,
             BLOCK_V=config.block_v,
             BLOCK_D=config.block_d,
-            GROUP_ROWS=self._group_rows(),
             NUM_PROGRAMS=programs,
-            FLATTEN=config.flatten,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             **arguments,
         )
-
-    def _group_rows(self) -> int:
-        """Row blocks whose hidden states fit in their share of the L2 cache; a power of two: few variants."""
-        block_bytes = self.config.block_n * self.problem.width * self.problem.compute_dtype.itemsize
-        blocks = max(8, L2_SHARE_BYTES // block_bytes)
-        return 1 << (blocks.bit_length() - 1)
 
 
 def _describable(tensor: Tensor) -> bool:

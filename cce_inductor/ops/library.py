@@ -45,9 +45,7 @@ def _plain_context(tensor: Tensor) -> Iterator[None]:
         yield
 
 
-def _forward(
-    implementation: Any, hidden: Tensor, *args: Any, **options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(implementation: Any, hidden: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     with _plain_context(hidden):
         return implementation.forward(Problem.of(hidden, *args, **options))
 
@@ -90,9 +88,7 @@ def _forward_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     check(hidden, weight, bias, target, total_weight, compute_dtype)
     LogitMap.parse(logit_map)
-    lse, picked, total = (
-        hidden.new_empty((hidden.shape[0],), dtype=accumulate_dtype(compute_dtype)) for _ in range(3)
-    )
+    lse, picked, total = (hidden.new_empty((hidden.shape[0],), dtype=accumulate_dtype(compute_dtype)) for _ in range(3))
     return lse, picked, total
 
 
