@@ -21,7 +21,10 @@ Vector = Any  # a Proxy, used as the tensor that it stands for
 
 @dataclass(frozen=True)
 class Results:
-    """What the operator gave, as proxies [N] of the graph, and the inputs of one reduction in the same row order."""
+    """What the operator gave, as proxies [N] of the graph, and the inputs of one reduction in the same row order.
+
+    A reduction must give a tensor of its own: the program may write to it in place, others read the same results.
+    """
 
     lse: Vector
     picked: Vector
@@ -128,7 +131,7 @@ def gather(call: Call, input: DeferredLogits, *args: Any, sparse_grad: bool = Fa
         )
 
     def build(results: Results) -> Vector:
-        picked = results.picked - results.lse if input.normalized else results.picked
+        picked = results.picked - results.lse if input.normalized else results.picked.clone()
         return picked.view_as(results.proxy(index))
 
     return Reduction(call.node, input, build, index)
@@ -148,7 +151,7 @@ def logsumexp(call: Call, input: DeferredLogits, dim: Any, keepdim: bool = False
     _require_vocab(input, dim)
     if input.normalized:
         raise Refused("it reads log-probabilities, whose logsumexp is zero")
-    return Reduction(call.node, input, lambda results: _in_rows(input, results.lse, results, keepdim))
+    return Reduction(call.node, input, lambda results: _in_rows(input, results.lse.clone(), results, keepdim))
 
 
 @rule("sum", "mean")
