@@ -26,7 +26,7 @@ def gradient_kernel(
     grad_lse,  # [N]
     grad_picked,  # [N]
     grad_total,  # [N]
-    dz,  # [N, columns of the slice]
+    dz,  # TMA descriptor or pointer, [N, columns of the slice]
     tile_bias,  # [row blocks, columns of the slice]
     num_rows,
     num_columns,  # of the slice that `weight` holds
@@ -76,7 +76,7 @@ def gradient_kernel(
         x, slope = VALUE_AND_SLOPE(z)
         dx = exp(x - row_lse[:, None]) * row_grad[:, None]
         if HAS_TARGET:
-            if holds_targets:
+            if holds_targets:  # noqa: SIM102 (HAS_TARGET is known when the kernel is compiled, holds_targets is not)
                 hit = tl.arange(0, BLOCK_V)[None, :] == position[:, None]
                 dx += tl.where(hit, target_grad[:, None], 0.0)
         if WANT_TOTAL:
@@ -89,6 +89,9 @@ def gradient_kernel(
         if WANT_BIAS:
             sums = tl.sum(tl.where(row_mask[:, None], gradient, 0.0), 0)
             tl.store(tile_bias + row_block.to(tl.int64) * num_columns + columns, sums, mask=column_mask)
-        offsets = rows[:, None].to(tl.int64) * stride_dz + columns[None, :]
-        mask = row_mask[:, None] & column_mask[None, :]
-        tl.store(dz + offsets, gradient.to(dz.dtype.element_ty), mask=mask)
+        if USE_TMA:
+            dz.store([row, column], gradient.to(dz.dtype))
+        else:
+            offsets = rows[:, None].to(tl.int64) * stride_dz + columns[None, :]
+            mask = row_mask[:, None] & column_mask[None, :]
+            tl.store(dz + offsets, gradient.to(dz.dtype.element_ty), mask=mask)

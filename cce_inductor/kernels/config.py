@@ -16,7 +16,7 @@ class TileConfig:
 
 INTERPRETER = TileConfig(16, 32, 16, 4, 1)
 HOPPER = TileConfig(128, 256, 64, 8, 4)
-HOPPER_BACKWARD = TileConfig(128, 256, 64, 8, 4)
+HOPPER_BACKWARD = TileConfig(128, 256, 64, 8, 3)  # a tile of gradients needs shared memory too
 AMPERE = TileConfig(128, 128, 32, 8, 3)
 
 

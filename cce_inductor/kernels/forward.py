@@ -1,9 +1,8 @@
-"""Forward kernel: per row and vocabulary tile, everything the losses need, without storing a logit.
+"""Forward kernel: per row and vocabulary tile, what the losses need, without storing a logit.
 
-    x          = f(hidden @ weight.T + bias)
+    x                = f(hidden @ weight.T + bias)
     tile_lse[j, n]   = log(sum over v in tile j of exp(x[n, v]))
     tile_total[j, n] = sum over v in tile j of total_weight[v] * x[n, v]
-    picked[n]        = x[n, target[n]], written by the one tile that holds the target
 
 The log-sum-exp over the whole vocabulary is the log-sum-exp of the tiles' (Wijmans et al., arXiv 2411.09009,
 computes it with locks instead). The kernel is persistent: as many programs as multiprocessors, each walking over
@@ -14,33 +13,27 @@ import triton
 import triton.language as tl
 
 from .pointwise import exp
-from .tile import position_in_tile, preactivations, tile_position
+from .tile import preactivations, tile_position
 
 
-@triton.jit(do_not_specialize=["num_rows", "first_column", "first_tile", "ignore_index"])
+@triton.jit(do_not_specialize=["num_rows", "first_tile"])
 def forward_kernel(
     hidden,
     weight,
     bias,
-    target,
     total_weight,
     tile_lse,  # [tiles, N]
     tile_total,  # [tiles, N]
-    picked,  # [N]
     num_rows,
     num_columns,  # of the slice that `weight` holds
     width,
-    first_column,  # where the slice starts in the vocabulary
-    first_tile,  # where its tiles start in tile_lse
-    ignore_index,
+    first_tile,  # where the slice's tiles start in tile_lse
     stride_hn,
     stride_hd,
     stride_wv,
     stride_wd,
     VALUE: tl.constexpr,  # the generated function f
     HAS_BIAS: tl.constexpr,
-    HAS_TARGET: tl.constexpr,
-    HAS_IGNORE_INDEX: tl.constexpr,
     WANT_TOTAL: tl.constexpr,
     HAS_TOTAL_WEIGHT: tl.constexpr,
     USE_TMA: tl.constexpr,
@@ -60,12 +53,6 @@ def forward_kernel(
         row_mask = rows < num_rows
         column_mask = columns < num_columns
         results = (first_tile + column_block).to(tl.int64) * num_rows + rows
-        if HAS_TARGET:
-            targets = tl.load(target + rows, mask=row_mask, other=-1)
-            position, inside = position_in_tile(targets, first_column + column, ignore_index, HAS_IGNORE_INDEX, BLOCK_V)
-            inside = row_mask & inside
-            holds_targets = tl.max(inside.to(tl.int32), 0) > 0  # few tiles do
-
         z = preactivations(
             hidden, weight, bias, row, column, num_rows, num_columns, width,
             stride_hn, stride_hd, stride_wv, stride_wd, HAS_BIAS, USE_TMA, BLOCK_N, BLOCK_V, BLOCK_D,
@@ -78,11 +65,6 @@ def forward_kernel(
                 weighted = x * scale[None, :]
             weighted = tl.where(column_mask[None, :], weighted, 0.0)
             tl.store(tile_total + results, tl.sum(weighted, 1), mask=row_mask)
-        if HAS_TARGET:
-            if holds_targets:
-                hit = tl.arange(0, BLOCK_V)[None, :] == position[:, None]
-                tl.store(picked + rows, tl.sum(tl.where(hit, x, 0.0), 1), mask=inside)
-
         if column + BLOCK_V > num_columns:
             x = tl.where(column_mask[None, :], x, -float("inf"))
         peak = tl.max(x, 1)

@@ -90,6 +90,7 @@ def load(logit_map: LogitMap) -> ModuleType:
     if not path.exists() or path.read_text() != source:
         _write_atomically(path, source)
     spec = importlib.util.spec_from_file_location(f"cce_inductor_logit_map_{digest}", path)
+    assert spec is not None and spec.loader is not None, "a file that ends in .py has a loader"
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -28,23 +28,21 @@ def exact_backward(
     needs_hidden, needs_weight, needs_bias = needs_grad
     hidden, vocab_size = problem.hidden, problem.vocab_size
     empty = hidden.new_empty(0)
+    sums = problem.accumulate_dtype
     # with no row or no column nothing is ever written
-    allocate = torch.empty if min(hidden.shape[0], vocab_size) > 0 else torch.zeros
-    sums = {"dtype": problem.accumulate_dtype, "device": hidden.device}
-    grad_hidden = allocate(hidden.shape, **sums) if needs_hidden else empty
-    grad_weight = (
-        allocate(problem.weight.shape, dtype=problem.weight.dtype, device=hidden.device) if needs_weight else empty
-    )
+    allocate = hidden.new_empty if min(hidden.shape[0], vocab_size) > 0 else hidden.new_zeros
+    grad_hidden = allocate(hidden.shape, dtype=sums) if needs_hidden else empty
+    grad_weight = allocate(problem.weight.shape, dtype=problem.weight.dtype) if needs_weight else empty
     grad_bias = problem.zeros(vocab_size) if needs_bias else empty
     workspace = hidden.new_empty(block_rows, block_columns)
     row_blocks = list(spans(problem.num_rows, block_rows))
     # one product completes a slice of the weight's gradient: it goes to its place without a sum in between
-    direct = len(row_blocks) == 1 and grad_weight.dtype in (hidden.dtype, problem.accumulate_dtype)
+    direct = len(row_blocks) == 1 and grad_weight.dtype in (hidden.dtype, sums)
 
     for columns in spans(vocab_size, block_columns):
         weight = problem.weight_rows(columns)
         if needs_weight:
-            slice_grad = grad_weight[columns] if direct else torch.empty(weight.shape, **sums)
+            slice_grad = grad_weight[columns] if direct else hidden.new_empty(weight.shape, dtype=sums)
         for rows in row_blocks:
             dz = workspace[: rows.stop - rows.start, : columns.stop - columns.start]
             fill(rows, columns, weight, dz, grad_bias[columns] if needs_bias else None)
@@ -54,7 +52,7 @@ def exact_backward(
                 add_matmul(slice_grad, dz.T, hidden[rows], first=rows.start == 0)
         if needs_weight and row_blocks and not direct:
             grad_weight[columns] = slice_grad
-    bias_dtype = problem.accumulate_dtype if problem.bias is None else problem.bias.dtype
+    bias_dtype = sums if problem.bias is None else problem.bias.dtype
     return grad_hidden.to(problem.hidden_dtype), grad_weight, grad_bias.to(bias_dtype)
 
 

@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -11,6 +12,7 @@ from ..kernels import template
 from ..kernels.backward import gradient_kernel
 from ..kernels.config import tile_config
 from ..kernels.forward import forward_kernel
+from ..kernels.picked import picked_kernel
 from . import cpu
 from .blocks import exact_backward
 from .problem import Problem, spans
@@ -41,7 +43,6 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     tiles = -(-problem.vocab_size // launch.config.block_v)
     tile_lse = torch.empty(tiles, problem.num_rows, dtype=torch.float32, device=problem.hidden.device)
     tile_total = torch.empty_like(tile_lse) if problem.want_total else None
-    picked = problem.zeros(problem.num_rows)
     for columns in _forward_slices(problem):
         launch(
             forward_kernel,
@@ -50,12 +51,38 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
             problem.weight_rows(columns),
             tile_lse=tile_lse,
             tile_total=tile_total,
-            picked=picked,
             first_tile=columns.start // launch.config.block_v,
             VALUE=template.load(problem.logit_map).value,
         )
-    total = torch.zeros_like(picked) if tile_total is None else tile_total.sum(0)
-    return torch.logsumexp(tile_lse, 0), picked, total
+    lse = torch.logsumexp(tile_lse, 0)
+    total = torch.zeros_like(lse) if tile_total is None else tile_total.sum(0)
+    return lse, _picked(problem, lse), total
+
+
+def _picked(problem: Problem, lse: Tensor) -> Tensor:
+    """The logits of the targets [N], or zeros without targets."""
+    if problem.target is None:
+        return torch.zeros_like(lse)
+    picked = torch.empty_like(lse)
+    picked_kernel[(problem.num_rows,)](
+        hidden=problem.hidden,
+        weight=problem.weight,
+        bias=problem.bias,
+        target=problem.target,
+        lse=lse,
+        picked=picked,
+        width=problem.width,
+        ignore_index=problem.ignore_index or 0,
+        stride_hn=problem.hidden.stride(0),
+        stride_hd=problem.hidden.stride(1),
+        stride_wv=problem.weight.stride(0),
+        stride_wd=problem.weight.stride(1),
+        VALUE=template.load(problem.logit_map).value,
+        HAS_BIAS=problem.bias is not None,
+        HAS_IGNORE_INDEX=problem.ignore_index is not None,
+        BLOCK_D=min(1024, triton.next_power_of_2(problem.width)),
+    )
+    return picked
 
 
 def backward(
@@ -81,10 +108,14 @@ def backward(
             grad_lse=grad_lse,
             grad_picked=grad_picked,
             grad_total=grad_total,
+            target=None if problem.target is None else problem.target[rows],
+            first_column=columns.start,
+            ignore_index=problem.ignore_index or 0,
             dz=dz,
             tile_bias=tile_bias,
-            stride_dz=dz.stride(0),
             VALUE_AND_SLOPE=value_and_slope,
+            HAS_TARGET=problem.target is not None,
+            HAS_IGNORE_INDEX=problem.ignore_index is not None,
             WANT_BIAS=grad_bias is not None,
         )
         if grad_bias is not None and tile_bias is not None:
@@ -145,8 +176,16 @@ class Launch:
         """How many tiles lie under each other in these rows."""
         return -(-(rows.stop - rows.start) // self.config.block_n)
 
-    def __call__(self, kernel: Any, rows: slice, columns: slice, weight: Tensor, **arguments: Any) -> None:
-        """Runs a kernel over the tiles of a block of the logits; `weight` holds its columns."""
+    def __call__(
+        self,
+        kernel: Any,
+        rows: slice,
+        columns: slice,
+        weight: Tensor,
+        dz: Tensor | None = None,
+        **arguments: Any,
+    ) -> None:
+        """Runs a kernel over the tiles of a block of the logits; `weight` holds its columns, dz takes its result."""
         problem, config = self.problem, self.config
         hidden = self.hidden[rows]
         if self.widen:
@@ -154,30 +193,29 @@ class Launch:
         tiles = self.row_blocks(rows) * -(-weight.shape[0] // config.block_v)
         programs = min(tiles, self.processors)
         tma = self.tma and _describable(hidden) and _describable(weight)
+        n, v, d = config.block_n, config.block_v, config.block_d
+        if dz is not None:
+            arguments["dz"] = TensorDescriptor.from_tensor(dz, [n, v]) if tma else dz
+            arguments["stride_dz"] = dz.stride(0)
         kernel[(programs,)](
-            hidden=TensorDescriptor.from_tensor(hidden, [config.block_n, config.block_d]) if tma else hidden,
-            weight=TensorDescriptor.from_tensor(weight, [config.block_v, config.block_d]) if tma else weight,
+            hidden=TensorDescriptor.from_tensor(hidden, [n, d]) if tma else hidden,
+            weight=TensorDescriptor.from_tensor(weight, [v, d]) if tma else weight,
             bias=None if problem.bias is None else problem.bias[columns],
-            target=None if problem.target is None else problem.target[rows],
             total_weight=None if problem.total_weight is None else problem.total_weight[columns],
             num_rows=hidden.shape[0],
             num_columns=weight.shape[0],
             width=problem.width,
-            first_column=columns.start,
-            ignore_index=0 if problem.ignore_index is None else problem.ignore_index,
             stride_hn=hidden.stride(0),
             stride_hd=hidden.stride(1),
             stride_wv=weight.stride(0),
             stride_wd=weight.stride(1),
             HAS_BIAS=problem.bias is not None,
-            HAS_TARGET=problem.target is not None,
-            HAS_IGNORE_INDEX=problem.ignore_index is not None,
             WANT_TOTAL=problem.want_total,
             HAS_TOTAL_WEIGHT=problem.total_weight is not None,
             USE_TMA=tma,
-            BLOCK_N=config.block_n,
-            BLOCK_V=config.block_v,
-            BLOCK_D=config.block_d,
+            BLOCK_N=n,
+            BLOCK_V=v,
+            BLOCK_D=d,
             NUM_PROGRAMS=programs,
             num_warps=config.num_warps,
             num_stages=config.num_stages,

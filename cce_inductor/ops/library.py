@@ -3,10 +3,10 @@
     cce_inductor::vocab_reductions(hidden [N, D], weight [V, D], bias [V]?, target [N]?, total_weight [V]?, ...)
         -> lse [N], picked [N], total [N]
 
-`reference.py` says what is computed. `logit_map` is the text of a `LogitMap`; `compute_dtype` is the dtype that the
-operands of the matmuls are cast to (autocast: a float32 parameter with bfloat16 arithmetic), while gradients come back in
-each input's own dtype; `want_total` asks for the third result (it is zero otherwise); `workspace_mib` bounds the scratch
-memory of the backward.
+`reference.py` says what is computed. `logit_map` is the text of a `LogitMap`. `compute_dtype` is what the operands of
+the matmuls are cast to (autocast: a float32 parameter with bfloat16 arithmetic), while gradients come back in each
+input's own dtype. `want_total` asks for the third result, which is zero otherwise. `workspace_mib` bounds the scratch
+memory of the backward. In a row with a nan or +inf logit lse is nan, as the log-softmax of such a row is.
 """
 
 import contextlib

@@ -36,6 +36,7 @@ def cross_entropy(
         row_weight = torch.where(valid, weight[torch.where(valid, target, 0)], 0.0)
         losses = row_weight * losses
     if label_smoothing > 0.0:
+        assert total is not None, "label smoothing needs the sum of the logits"
         weight_sum = num_classes if weight is None else weight.sum()
         smooth = weight_sum * lse - total
         losses = (1.0 - label_smoothing) * losses + (label_smoothing / num_classes) * smooth
