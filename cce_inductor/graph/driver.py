@@ -4,7 +4,7 @@ from torch.fx import GraphModule
 
 from ..options import Options
 from ..report import Refusal, Report, log
-from .effects import uses_function_transforms
+from .effects import inside_transforms
 from .logits import Refused
 from .rewrite import rewrite
 from .sites import Site, find_sites, is_worth_reporting, orphan_losses, refusal, why_not
@@ -30,13 +30,13 @@ def rewrite_module(module: GraphModule, options: Options) -> Report:
 def _rewrite_graph(module: GraphModule, options: Options, report: Report) -> None:
     graph = module.graph
     sites = find_sites(graph)
-    refused_by_func = uses_function_transforms(graph)
+    transformed = inside_transforms(graph)
     orphans = orphan_losses(graph, sites, options)
     for site in sites:
         if not is_worth_reporting(site, options):
             continue
-        if refused_by_func:
-            reason = "torch.func transforms are open in this graph; the operators have no rules for them"
+        if not transformed.isdisjoint(site.chain):
+            reason = "the loss is computed under a torch.func transform; the operators have no rules for those"
             report.refused.append(refusal(site.logits.matmul, "torch.func", reason))
             continue
         _try_rewrite(site, options, report)

@@ -92,7 +92,12 @@ def grad_modes(graph: Graph) -> dict[Node, bool]:
     return modes
 
 
-def uses_function_transforms(graph: Graph) -> bool:
-    """Whether torch.func transforms (grad, vmap, ...) are open somewhere in the graph."""
-    modules = (str(getattr(node.target, "__module__", "")) for node in graph.nodes if node.op == "call_function")
-    return any(module.startswith(("torch._functorch", "torch._C._functorch")) for module in modules)
+def inside_transforms(graph: Graph) -> set[Node]:
+    """The nodes that run under a torch.func transform (grad, vmap, ...): Dynamo marks where each begins and ends."""
+    depth, inside = 0, set()
+    for node in graph.nodes:
+        name = getattr(node.target, "__name__", "")
+        depth += name.endswith("_increment_nesting") - name.endswith("_decrement_nesting")
+        if depth > 0:
+            inside.add(node)
+    return inside

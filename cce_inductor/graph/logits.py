@@ -192,7 +192,7 @@ class DeferredLogits:
         return replace(
             self,
             hidden=self.hidden.then(function, factor),
-            biases=tuple(bias.then(function, factor) for bias in self.biases),
+            biases=tuple(bias.then(function, factor).then(torch.flatten) for bias in self.biases),
         )
 
     def detach(self) -> "DeferredLogits":

@@ -1,6 +1,6 @@
 """Where deferred logits begin: every spelling of hidden @ weight.T (+ bias)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from torch.fx import Node
 
 from ..compat import FakeTensor, statically_equal
 from ..logit_map import LogitMap
+from .effects import first_write
 from .logits import DeferredLogits, Replay
 from .registry import operation, tensor_of
 
@@ -157,7 +158,7 @@ def _uncast(weight: Replay, compute_dtype: torch.dtype) -> Replay:
     """
     source: Any = weight.source
     steps = weight.steps
-    while True:
+    while _passes_gradients(source):
         if _is_transpose(source):
             source, steps = source.args[0], (Replay(source).then(torch.t).steps + steps)
         elif _is_narrowing_cast(source, compute_dtype):
@@ -169,9 +170,15 @@ def _uncast(weight: Replay, compute_dtype: torch.dtype) -> Replay:
     return Replay(source, rest).then(torch.t) if transposed else Replay(source, rest)
 
 
+def _passes_gradients(node: Node) -> bool:
+    """Not where it was computed from a parameter under no_grad."""
+    before = tensor_of(node.args[0]) if node.args else None
+    return before is not None and before.requires_grad == tensor_of(node).requires_grad
+
+
 def _is_transpose(node: Node) -> bool:
     shape, name = _shape(node), operation(node)
-    if shape is None or len(shape) != 2 or not node.args or _shape(node.args[0]) is None:
+    if shape is None or len(shape) != 2:
         return False
     dims = tuple(arg for arg in node.args[1:] if isinstance(arg, int))
     return (name in _TRANSPOSES and (node.target is getattr or len(node.args) == 1)) or (
@@ -180,8 +187,8 @@ def _is_transpose(node: Node) -> bool:
 
 
 def _is_narrowing_cast(node: Node, compute_dtype: torch.dtype) -> bool:
-    """Whether a node does nothing but round a wider tensor to the dtype of the product."""
-    if operation(node) not in _CASTS or not node.args:
+    """Whether a node does nothing but round a wider tensor, never written again, to the dtype of the product."""
+    if operation(node) not in _CASTS:
         return False
     before, after = tensor_of(node.args[0]), tensor_of(node)
     return (
@@ -191,4 +198,12 @@ def _is_narrowing_cast(node: Node, compute_dtype: torch.dtype) -> bool:
         and after.dtype == compute_dtype
         and compute_dtype in (torch.bfloat16, torch.float16)
         and before.device == after.device
+        and first_write(_from(node), [node.args[0]]) is None
     )
+
+
+def _from(node: Node) -> Iterator[Node]:
+    """A node and those after it."""
+    while node.op != "root":
+        yield node
+        node = node.next

@@ -19,6 +19,7 @@ from .logits import DeferredLogits, Refused
 
 Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}
+EITHER_OPERAND = ("mul", "add")  # their rules take the logits in either place; those of all others in the first
 
 # Operations under another name, in torch, in Python or as a method of a tensor.
 ALIASES = {
@@ -81,10 +82,19 @@ def apply(node: Node, values: dict[Node, Any]) -> Any:
         raise Refused(f"`{name}` of the logits is not understood, so they are needed in memory")
     args = [_operand(arg, values) for arg in (node.args[:1] if node.target is getattr else node.args)]
     kwargs = {key: _operand(arg, values) for key, arg in node.kwargs.items()}
+    first = node.args[0] if node.args else node.kwargs.get("input")
+    if name not in EITHER_OPERAND and any(user is not first for user in node.all_input_nodes if user in values):
+        raise Refused(f"the logits are an argument of `{name}` beside another tensor, so they are needed in memory")
+    args = [kwargs.pop("input")] + args if "input" in kwargs else args
+    args = args + [kwargs.pop("other")] if "other" in kwargs else args
     try:
         return function(Call(node), *args, **kwargs)
-    except TypeError as error:
-        raise Refused(f"`{name}` is called in a way that is not understood ({error})") from error
+    except Refused:
+        raise
+    except Exception as error:
+        raise Refused(
+            f"`{name}` is called in a way that is not understood ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _operand(arg: Any, values: dict[Node, Any]) -> Any:

@@ -111,33 +111,28 @@ def _full_index(x: DeferredLogits, index: tuple) -> list[Any]:
     ints = any(isinstance(entry, int) or (_is_node(entry) and tensor_of(entry) is None) for entry in index)
     if not known or any(isinstance(entry, bool) for entry in index) or len(tensors) > 1 or (tensors and ints):
         raise Refused("the logits are indexed by several tensors or lists; use one index tensor, or gather")
-    missing = x.ndim - sum(_consumed_dims(entry) for entry in index)
+    if any(tensor.dtype in (torch.bool, torch.uint8) for tensor in map(tensor_of, tensors)):
+        raise Refused("rows are picked by a mask; keep all rows and set the labels of the others to ignore_index")
+    missing = x.ndim - sum(map(_consumed_dims, index))
     at = index.index(Ellipsis) if Ellipsis in index else len(index)
     return [*index[:at], *[FULL] * missing, *index[at + 1 :]]
 
 
 def _consumed_dims(entry: Any) -> int:
-    if entry is None or entry is Ellipsis:
-        return 0
-    tensor = tensor_of(entry)
-    return tensor.ndim if tensor is not None and tensor.dtype == torch.bool else 1
+    return int(entry is not None and entry is not Ellipsis)
 
 
 def _output_dims(entry: Any) -> int:
     tensor = tensor_of(entry)
     if tensor is not None:
-        return 1 if tensor.dtype == torch.bool else tensor.ndim
+        return tensor.ndim
     return int(entry is None or isinstance(entry, slice))
 
 
 def _split_at_vocab(x: DeferredLogits, entries: list) -> tuple[list, Any, list]:
-    dim = 0
-    for position, entry in enumerate(entries):
-        consumed = _consumed_dims(entry)
-        if dim <= x.vocab_dim < dim + consumed:
-            return entries[:position], entry if consumed == 1 else None, entries[position + 1 :]
-        dim += consumed
-    raise Refused("the vocabulary dimension is not found in the index")
+    consuming = [position for position, entry in enumerate(entries) if _consumed_dims(entry)]
+    position = consuming[x.vocab_dim]
+    return entries[:position], entries[position], entries[position + 1 :]
 
 
 def _vocab_slice(x: DeferredLogits, entry: slice) -> DeferredLogits:
