@@ -75,8 +75,8 @@ def gradient_kernel(
         )  # fmt: skip
         x, slope = VALUE_AND_SLOPE(z)
         dx = exp(x - row_lse[:, None]) * row_grad[:, None]
-        if HAS_TARGET:
-            if holds_targets:  # noqa: SIM102 (HAS_TARGET is known when the kernel is compiled, holds_targets is not)
+        if HAS_TARGET:  # noqa: SIM102 (known when the kernel is compiled, holds_targets is not)
+            if holds_targets:
                 hit = tl.arange(0, BLOCK_V)[None, :] == position[:, None]
                 dx += tl.where(hit, target_grad[:, None], 0.0)
         if WANT_TOTAL:

@@ -7,7 +7,7 @@ A kernel takes the two functions as compile-time arguments, so one kernel serves
 
 import functools
 import hashlib
-import importlib.util
+import importlib.machinery
 import os
 import tempfile
 from pathlib import Path
@@ -89,10 +89,9 @@ def load(logit_map: LogitMap) -> ModuleType:
     path = Path(cache_dir()) / "cce_inductor" / f"logit_map_{digest}.py"
     if not path.exists() or path.read_text() != source:
         _write_atomically(path, source)
-    spec = importlib.util.spec_from_file_location(f"cce_inductor_logit_map_{digest}", path)
-    assert spec is not None and spec.loader is not None, "a file that ends in .py has a loader"
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    loader = importlib.machinery.SourceFileLoader(f"cce_inductor_logit_map_{digest}", str(path))
+    module = ModuleType(loader.name)
+    loader.exec_module(module)
     return module
 
 

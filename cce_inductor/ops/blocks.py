@@ -27,13 +27,12 @@ def exact_backward(
     """(grad_hidden, grad_weight, grad_bias), each in its input's dtype; empty where not needed."""
     needs_hidden, needs_weight, needs_bias = needs_grad
     hidden, vocab_size = problem.hidden, problem.vocab_size
-    empty = hidden.new_empty(0)
     sums = problem.accumulate_dtype
     # with no row or no column nothing is ever written
     allocate = hidden.new_empty if min(hidden.shape[0], vocab_size) > 0 else hidden.new_zeros
-    grad_hidden = allocate(hidden.shape, dtype=sums) if needs_hidden else empty
-    grad_weight = allocate(problem.weight.shape, dtype=problem.weight.dtype) if needs_weight else empty
-    grad_bias = problem.zeros(vocab_size) if needs_bias else empty
+    grad_hidden = allocate(hidden.shape if needs_hidden else 0, dtype=sums)
+    grad_weight = allocate(problem.weight.shape if needs_weight else 0, dtype=problem.weight.dtype)
+    grad_bias = problem.zeros(vocab_size if needs_bias else 0)
     workspace = hidden.new_empty(block_rows, block_columns)
     row_blocks = list(spans(problem.num_rows, block_rows))
     # one product completes a slice of the weight's gradient: it goes to its place without a sum in between
@@ -52,7 +51,7 @@ def exact_backward(
                 add_matmul(slice_grad, dz.T, hidden[rows], first=rows.start == 0)
         if needs_weight and row_blocks and not direct:
             grad_weight[columns] = slice_grad
-    bias_dtype = sums if problem.bias is None else problem.bias.dtype
+    bias_dtype = problem.hidden_dtype if problem.bias is None else problem.bias.dtype
     return grad_hidden.to(problem.hidden_dtype), grad_weight, grad_bias.to(bias_dtype)
 
 

@@ -27,10 +27,9 @@ def supported(problem: Problem) -> bool:
     Not covered: float64; float32, where cuBLAS is faster than a Triton kernel without tensor cores, and its TF32
     rounds the operands where Triton cuts them off; empty operands.
     """
-    interpreted = not problem.hidden.is_cuda
-    return (interpreted or problem.compute_dtype.itemsize == 2) and (
-        min(problem.num_rows, problem.vocab_size, problem.width) > 0
-    )
+    on_gpu = problem.hidden.is_cuda  # elsewhere Triton's interpreter runs the kernels, and float32 is its best dtype
+    dtypes = (torch.bfloat16, torch.float16) if on_gpu else (torch.bfloat16, torch.float16, torch.float32)
+    return problem.compute_dtype in dtypes and min(problem.num_rows, problem.vocab_size, problem.width) > 0
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:

@@ -105,10 +105,9 @@ def _backward_fake(
     needs_grad: list[bool],
     **__: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = (hidden, weight, bias)
     grad_hidden, grad_weight, grad_bias = (
-        tensor.new_empty(tensor.shape) if tensor is not None and needed else hidden.new_empty(0)
-        for tensor, needed in zip(inputs, needs_grad, strict=True)
+        tensor.new_empty(tensor.shape if needed else 0)
+        for tensor, needed in zip((hidden, weight, hidden if bias is None else bias), needs_grad, strict=True)
     )
     return grad_hidden, grad_weight, grad_bias
 

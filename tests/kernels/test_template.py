@@ -1,0 +1,101 @@
+"""Generated maps, their functions and the order of tiles, run by Triton: compiled where there is a GPU."""
+
+import py_compile
+import stat
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from cce_inductor.kernels import template
+from cce_inductor.kernels.tile import tile_position
+from cce_inductor.logit_map import LogitMap
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MAPS = ("z", "0.5*z", "30.0*tanh(z/30.0)", "2.0*sigmoid(z) - 1.0", "exp(-z*z) + z", "1/(1 + z**2)", "z**3 - z", "3.0")
+
+
+@triton.jit
+def _apply(z, value, slope, size, VALUE: tl.constexpr, VALUE_AND_SLOPE: tl.constexpr, BLOCK: tl.constexpr):
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(z + index, mask=index < size)
+    y, dy = VALUE_AND_SLOPE(x)
+    tl.store(value + index, VALUE(x) + 0 * (y - y), mask=index < size)
+    tl.store(slope + index, dy, mask=index < size)
+
+
+@triton.jit
+def _visit(visits, row_blocks, column_blocks):
+    row, column = tile_position(tl.program_id(0), row_blocks, column_blocks)
+    tl.store(visits + row * column_blocks + column, tl.program_id(0) + 1)
+
+
+def apply(logit_map, z):
+    """Value and slope of a map by its generated functions, in float32."""
+    module = template.load(logit_map)
+    z = z.to(DEVICE)
+    value, slope = torch.empty_like(z), torch.empty_like(z)
+    _apply[(triton.cdiv(len(z), 64),)](z, value, slope, len(z), module.value, module.value_and_slope, 64)
+    return value.cpu(), slope.cpu()
+
+
+@pytest.mark.parametrize("text", MAPS)
+def test_generated_functions_compute_the_map_and_its_derivative(text):
+    z = torch.cat([torch.linspace(-9, 9, 200), torch.tensor([0.0, 1e-6, -1e-6, 0.2499, 0.2501, 80.0, -80.0])])
+    logit_map = LogitMap.parse(text)
+    expected = logit_map.value_and_derivative(z.double())
+    for mine, exact in zip(apply(logit_map, z), expected, strict=True):
+        exact = torch.ones_like(z).double() if exact is None else exact
+        # exp's argument is rounded: relative to exp an error of |z| epsilons; cancellation in sums is absolute
+        rounding = torch.finfo(torch.float32).eps * (2 + z.double().abs().clamp(max=9)) * (4 + exact.abs())
+        assert ((mine.double() - exact).abs() <= rounding).all()
+
+
+def test_tanh_is_accurate_to_a_few_units_near_and_far_from_zero():
+    z = torch.cat([torch.logspace(-30, 1.9, 300), -torch.logspace(-30, 1.9, 300)])
+    value, _ = apply(LogitMap.parse("tanh(z)"), z)
+    exact = z.double().tanh()
+    assert ((value.double() - exact).abs() <= 4 * torch.finfo(torch.float32).eps * exact.abs()).all()
+
+
+def test_infinities_reach_the_limits_of_a_map():
+    z = torch.tensor([torch.inf, -torch.inf, torch.nan])
+    for text, limits in (("tanh(z)", (1.0, -1.0)), ("sigmoid(z)", (1.0, 0.0))):
+        value, _ = apply(LogitMap.parse(text), z)
+        assert tuple(value[:2].tolist()) == limits
+        assert value[2].isnan()
+
+
+def test_the_generated_file_is_readable_private_and_reused(monkeypatch, tmp_path):
+    monkeypatch.setattr(template, "cache_dir", lambda: str(tmp_path))
+    template.load.cache_clear()
+    template.load(LogitMap.parse("30.0*tanh(z/30.0)"))
+    [path] = (tmp_path / "cce_inductor").iterdir()
+    text = path.read_text()
+    assert "f(z)  = 30.0*tanh(0.03333" in text
+    assert "def value_and_slope(z):" in text
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    py_compile.compile(str(path), cfile=str(tmp_path / "compiled"), doraise=True)
+    before = path.stat().st_mtime_ns
+    template.load.cache_clear()
+    template.load(LogitMap.parse("30.0*tanh(z/30.0)"))
+    assert path.stat().st_mtime_ns == before
+    path.write_text("broken by someone")
+    template.load.cache_clear()
+    template.load(LogitMap.parse("30.0*tanh(z/30.0)"))
+    assert path.read_text() == text
+    template.load.cache_clear()
+
+
+def test_a_power_that_is_no_product_is_not_generated():
+    with pytest.raises(NotImplementedError, match="power"):
+        template.load(LogitMap.parse("z**0.5"))
+
+
+@pytest.mark.parametrize("row_blocks", [1, 2, 16, 17, 40])
+@pytest.mark.parametrize("column_blocks", [1, 3, 9])
+def test_tile_numbers_visit_every_tile_once(row_blocks, column_blocks):
+    visits = torch.zeros(row_blocks, column_blocks, dtype=torch.int32, device=DEVICE)
+    _visit[(row_blocks * column_blocks,)](visits, row_blocks, column_blocks)
+    assert sorted(visits.flatten().tolist()) == list(range(1, row_blocks * column_blocks + 1))

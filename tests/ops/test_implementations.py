@@ -1,0 +1,137 @@
+"""Both implementations against the float64 specification, on problems of every shape; Triton in its interpreter."""
+
+import os
+
+import cases
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cce_inductor.ops import cpu, cuda
+
+# the interpreter meets nan and infinity with numpy's warnings
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+IMPLEMENTATIONS = {"aten": cpu, "triton": cuda}
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=IMPLEMENTATIONS, scope="module")
+def implementation(request):
+    if request.param == "triton" and not INTERPRETED:
+        pytest.skip("there is a GPU, so Triton compiles: tests/ops/test_gpu.py runs the kernels on it")
+    return IMPLEMENTATIONS[request.param]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_blocks():
+    """Blocks so small that a problem of a few rows takes many."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "BLOCK_ROWS", 8)
+        patch.setattr(cuda, "COLUMN_MULTIPLE", 32)
+        patch.setattr(cuda, "NARROWEST_SLICE", 32)
+        yield
+
+
+@st.composite
+def problems(draw):
+    dtype = draw(st.sampled_from(DTYPES))
+    return cases.Case(
+        rows=draw(st.integers(1, 37)),
+        vocab=draw(st.integers(1, 80)),
+        width=draw(st.integers(1, 40)),
+        dtype=dtype,
+        compute_dtype=draw(st.sampled_from((dtype, torch.bfloat16))),
+        logit_map=draw(st.sampled_from(cases.MAPS)),
+        bias=draw(st.booleans()),
+        target=draw(st.booleans()),
+        ignore_index=draw(st.sampled_from((-100, -1, 0, None))),
+        total=draw(st.booleans()),
+        class_weight=draw(st.booleans()),
+        strides=draw(st.sampled_from(("contiguous", "transposed", "sliced", "expanded"))),
+        seed=draw(st.integers(0, 9)),
+    )
+
+
+@given(case=problems(), workspace_bytes=st.sampled_from((1, 1024, 4096, 1 << 20)))
+def test_results_are_no_worse_than_eagers(implementation, case, workspace_bytes):
+    results = cases.ours(case, implementation, workspace_bytes=workspace_bytes)
+    cases.assert_no_worse_than_eager(case, results, interpreted=implementation is cuda)
+
+
+@pytest.mark.parametrize("logit_map", cases.MAPS)
+def test_float64_agrees_with_the_specification_to_rounding(implementation, logit_map):
+    case = cases.Case(19, 50, 12, torch.float64, logit_map=logit_map)
+    cases.assert_no_worse_than_eager(case, cases.ours(case, implementation, workspace_bytes=2048))
+
+
+@settings(max_examples=10)
+@given(case=problems())
+def test_gradients_are_the_same_bits_every_run(implementation, case):
+    first, second = (cases.ours(case, implementation, workspace_bytes=1024) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+@settings(max_examples=10)
+@given(case=problems())
+def test_the_size_of_the_workspace_changes_gradients_by_rounding_only(implementation, case):
+    small, large = (cases.ours(case, implementation, workspace_bytes=size) for size in (256, 1 << 20))
+    for mine, theirs, rounding in zip(
+        small[3:], large[3:], cases.uncertainty(case, implementation is cuda)[3:], strict=False
+    ):
+        assert (mine.double() - theirs.double()).norm() <= 2 * rounding.norm()
+
+
+@pytest.mark.parametrize("needs_grad", [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)])
+def test_only_the_gradients_asked_for_are_computed(implementation, needs_grad):
+    case = cases.Case(9, 40, 6)
+    problem, everything = case.problem(), cases.ours(case, implementation)
+    gradients = implementation.backward(problem, everything[0], case.grads, list(map(bool, needs_grad)))
+    for gradient, expected, needed in zip(gradients, everything[3:], needs_grad, strict=True):
+        assert torch.equal(gradient, expected) if needed else gradient.numel() == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_logit_of_a_certain_row_exceeds_its_log_sum_exp(implementation, dtype):
+    case = cases.Case(64, 50, 40, dtype, bias=False, total=False)
+    # every hidden state is far along its target's weight: the loss is zero but for rounding, and never below
+    case.hidden = 16 * case.weight[case.targets.clamp(0)]
+    lse, picked, _ = implementation.forward(case.problem())
+    assert (lse >= picked).all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_non_finite_hidden_states_and_biases_spread_as_in_eager_cross_entropy(implementation, value):
+    for where in ("hidden", "bias_vector"):
+        case = cases.Case(8, 40, 6, total=False, class_weight=False, ignore_index=None)
+        getattr(case, where).view(-1)[3] = value
+        case.grads = [torch.ones(8), -torch.ones(8), torch.zeros(8)]
+        results = cases.ours(case, implementation)
+        logits = torch.nn.functional.linear(*case.tensors[:3])
+        loss = torch.nn.functional.cross_entropy(logits, case.targets, reduction="none")
+        assert torch.equal((results[0] - results[1]).isfinite(), loss.isfinite())
+        for mine, theirs in zip(results[3:], cases.eager(case)[3:], strict=True):
+            assert not mine.isfinite()[~theirs.isfinite()].any()
+
+
+def test_a_bias_of_minus_infinity_removes_a_class(implementation):
+    case = cases.Case(8, 70, 6)
+    case.bias_vector[33:] = -torch.inf  # whole blocks of the vocabulary
+    case.targets = case.targets % 33
+    case.options["want_total"] = case.total = False
+    small = cases.Case(8, 70, 6)
+    small.weight, small.bias_vector, small.class_weights = case.weight[:33], case.bias_vector[:33], None
+    small.hidden, small.targets, small.grads, small.vocab = case.hidden, case.targets, case.grads, 33
+    small.options["want_total"] = False
+    results, expected = (cases.ours(c, implementation, workspace_bytes=1024) for c in (case, small))
+    torch.testing.assert_close(results[:4], expected[:4])
+    torch.testing.assert_close(results[4][:33], expected[4])
+    assert results[4][33:].count_nonzero() == results[5][33:].count_nonzero() == 0
+
+
+@pytest.mark.parametrize(("rows", "vocab", "width"), [(0, 5, 3), (3, 5, 0), (0, 5, 0)])
+def test_empty_problems(implementation, rows, vocab, width):
+    case = cases.Case(rows, vocab, width)
+    cases.assert_no_worse_than_eager(case, cases.ours(case, implementation))

@@ -1,0 +1,137 @@
+"""Logit maps: the language, its text, and value and derivative against autograd."""
+
+import pickle
+
+import pytest
+import sympy
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cce_inductor.logit_map import FUNCTIONS, LogitMap, Z, constant
+
+NUMBERS = st.floats(0.1, 8.0).map(lambda x: round(x, 3))
+
+
+@st.composite
+def steps(draw):
+    """One step of a chain of pointwise operations, of those that keep numbers moderate."""
+    c = constant(draw(NUMBERS))
+    return draw(
+        st.sampled_from(
+            (
+                lambda x: x * c,
+                lambda x: x / c,
+                lambda x: c - x,
+                lambda x: x + c,
+                lambda x: c * sympy.tanh(x / c),
+                lambda x: FUNCTIONS["sigmoid"][0](x),
+                lambda x: sympy.exp(-((x / c) ** 2)),
+                lambda x: 1 / (c + x**2),
+            )
+        )
+    )
+
+
+@st.composite
+def maps(draw):
+    result = LogitMap()
+    for step in draw(st.lists(steps(), max_size=4)):
+        result = result.then(step)
+    return result
+
+
+def evaluate(logit_map, z):
+    """(f(z), f'(z)) with the derivative by autograd."""
+    z = z.clone().requires_grad_()
+    value = logit_map(z)
+    if not value.requires_grad:
+        return value, torch.zeros_like(z)
+    return value.detach(), torch.autograd.grad(value.sum(), z)[0]
+
+
+@given(maps())
+def test_value_and_derivative_agree_with_autograd(logit_map):
+    z = torch.linspace(-6, 6, 101, dtype=torch.float64)
+    value, slope = logit_map.value_and_derivative(z)
+    expected_value, expected_slope = evaluate(logit_map, z)
+    torch.testing.assert_close(value, expected_value)
+    torch.testing.assert_close(torch.ones_like(z) if slope is None else slope, expected_slope, rtol=1e-6, atol=1e-9)
+
+
+@given(maps())
+def test_the_text_gives_the_map_back(logit_map):
+    again = LogitMap.parse(str(logit_map))
+    z = torch.linspace(-6, 6, 101, dtype=torch.float64)
+    assert str(LogitMap.parse(str(again))) == str(again)
+    torch.testing.assert_close(again(z), logit_map(z), rtol=1e-12, atol=1e-12)
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_numbers_survive_the_text_bit_for_bit(number):
+    text = str(LogitMap().then(lambda x: x + constant(number)))
+    assert float(LogitMap.parse(text).expr.subs(Z, 0)) == number
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "y",
+        "sin(z)",
+        "z.real",
+        "__import__('os')",
+        "z if z else z",
+        "[z]",
+        "'z'",
+        "z @ z",
+        "z, z",
+        "z =",
+        "True",
+        "z**z if 1 else 2",
+    ],
+)
+def test_anything_else_is_refused(text):
+    with pytest.raises(ValueError, match="logit map"):
+        LogitMap.parse(text)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_constants_must_be_finite(value):
+    with pytest.raises(ValueError, match="in the map of the logits"):
+        constant(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "affine"),
+    [
+        ("z", (1.0, 0.0)),
+        ("2*z + 1", (2.0, 1.0)),
+        ("z/4.0 - 3", (0.25, -3.0)),
+        ("tanh(z)", None),
+        ("3.0", None),
+        ("z*z", None),
+    ],
+)
+def test_affine_maps_are_known_as_such(text, affine):
+    assert LogitMap.parse(text).affine() == affine
+
+
+def test_maps_are_equal_hashable_and_picklable_by_their_expression():
+    one, two = LogitMap.parse("30.0*tanh(z/30.0)"), LogitMap.parse("tanh(z/30.0) * 30.0")
+    assert one == two
+    assert hash(one) == hash(two)
+    assert pickle.loads(pickle.dumps(one)) == one
+    assert LogitMap.parse("z").is_identity
+    assert not one.is_identity
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_values_keep_the_dtype(dtype):
+    value, slope = LogitMap.parse("2.0*sigmoid(z) + 1").value_and_derivative(torch.ones(3, dtype=dtype))
+    assert (value.dtype, slope.dtype) == (dtype, dtype)
+
+
+def test_a_constant_map_has_a_zero_derivative_of_the_right_shape():
+    value, slope = LogitMap.parse("3.0").value_and_derivative(torch.randn(4))
+    assert torch.equal(value, torch.full((4,), 3.0))
+    assert torch.equal(slope, torch.zeros(4))
