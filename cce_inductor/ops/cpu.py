@@ -11,12 +11,16 @@ from .problem import MIB, Problem, spans
 
 BLOCK_ROWS = 512
 BLOCK_BYTES = 4 * MIB  # of one block of logits in float32: stays in a last-level cache while it is worked on
+GPU_BLOCK_ROWS = 4096  # there the workspace bounds a block, and matmuls want more of everything
 
 
 def _block_shape(problem: Problem) -> tuple[int, int]:
     """(rows, columns) of a block: many rows, so that each slice of the weight is read a few times only."""
-    size = problem.workspace_bytes if problem.hidden.is_cuda else min(BLOCK_BYTES, problem.workspace_bytes)
-    rows = max(1, min(problem.num_rows, BLOCK_ROWS))
+    if problem.hidden.is_cuda:
+        rows, size = GPU_BLOCK_ROWS, problem.workspace_bytes
+    else:
+        rows, size = BLOCK_ROWS, min(BLOCK_BYTES, problem.workspace_bytes)
+    rows = max(1, min(problem.num_rows, rows))
     columns = size // problem.accumulate_dtype.itemsize // rows
     return rows, max(1, min(problem.vocab_size, columns))
 
