@@ -1,6 +1,8 @@
 """The pass: finds the sites of a graph module, rewrites those it can, and reports on all of them."""
 
-from torch.fx import GraphModule
+import copy
+
+from torch.fx import GraphModule, Node
 
 from ..options import Options
 from ..report import Refusal, Report, log
@@ -16,11 +18,16 @@ def rewrite_module(module: GraphModule, options: Options) -> Report:
     A site that can't be rewritten leaves its part of the graph as it was, and the reason in the report.
     """
     report = Report()
+    original = None
     try:
+        original = copy.deepcopy(module.graph)
         _rewrite_graph(module, options, report)
     except Exception as error:
         log.warning("the pass failed, the graph is compiled as it is", exc_info=True)
-        report.refused.append(Refusal("", "cce_inductor", f"the pass failed: {type(error).__name__}: {error}"))
+        reason = f"the pass failed: {type(error).__name__}: {error}"
+        report = Report(refused=[Refusal("", "cce_inductor", reason)])
+        if original is not None:
+            module.graph = original
     for _, child in module.named_children():
         if isinstance(child, GraphModule):
             report.extend(rewrite_module(child, options))
@@ -29,25 +36,19 @@ def rewrite_module(module: GraphModule, options: Options) -> Report:
 
 def _rewrite_graph(module: GraphModule, options: Options, report: Report) -> None:
     graph = module.graph
-    sites = find_sites(graph)
     transformed = inside_transforms(graph)
-    orphans = orphan_losses(graph, sites, options)
-    for site in sites:
-        if not is_worth_reporting(site, options):
-            continue
-        if not transformed.isdisjoint(site.chain):
-            reason = "the loss is computed under a torch.func transform; the operators have no rules for those"
-            report.refused.append(refusal(site.logits.matmul, "torch.func", reason))
-            continue
-        _try_rewrite(site, options, report)
+    sites = find_sites(graph)
+    orphans = orphan_losses(graph, sites, transformed, options)
+    for site in filter(lambda site: is_worth_reporting(site, options), sites):
+        _try_rewrite(site, transformed, options, report)
     report.refused += orphans
     if report.rewritten:
         graph.lint()
         module.recompile()
 
 
-def _try_rewrite(site: Site, options: Options, report: Report) -> None:
-    no = why_not(site, options)
+def _try_rewrite(site: Site, transformed: set[Node], options: Options, report: Report) -> None:
+    no = why_not(site, transformed, options)
     if no is None:
         try:
             report.rewritten.append(rewrite(site, options))

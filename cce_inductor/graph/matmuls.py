@@ -16,8 +16,11 @@ COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 Operands = tuple[Replay, Replay, tuple[Replay, ...]] | None  # hidden [rows..., D], weight [V, D], biases [V]
 
 
-def start(node: Node) -> DeferredLogits | None:
-    """The logits that a node begins, None where it is no matrix product of that form."""
+def start(node: Node, grad_modes: dict[Node, bool]) -> DeferredLogits | None:
+    """The logits that a node begins, None where it is no matrix product of that form.
+
+    grad_modes: whether gradients are recorded, for every node.
+    """
     form = FORMS.get(operation(node))
     output = tensor_of(node)
     if form is None or type(output) is not FakeTensor or output.dtype not in COMPUTE_DTYPES or output.dim() == 0:
@@ -36,7 +39,7 @@ def start(node: Node) -> DeferredLogits | None:
     return DeferredLogits(
         node,
         hidden,
-        _uncast(weight, output.dtype),
+        _uncast(weight, node, grad_modes),
         biases,
         LogitMap(),
         output.dtype,
@@ -151,14 +154,16 @@ _TRANSPOSES = {"t", "T", "mT"}
 _CASTS = {"to", "bfloat16", "half", "type_as"}
 
 
-def _uncast(weight: Replay, compute_dtype: torch.dtype) -> Replay:
+def _uncast(weight: Replay, matmul: Node, grad_modes: dict[Node, bool]) -> Replay:
     """The weight itself where the program casts it, transposes it, or both, just for this product.
 
     The operator casts a slice of the weight at a time, and gives the gradient in the dtype of the parameter.
     """
     source: Any = weight.source
     steps = weight.steps
-    while _passes_gradients(source):
+    compute_dtype = tensor_of(matmul).dtype
+    # what is made without gradients gives none to what it is made of
+    while grad_modes[source] or not grad_modes[matmul]:
         if _is_transpose(source):
             source, steps = source.args[0], (Replay(source).then(torch.t).steps + steps)
         elif _is_narrowing_cast(source, compute_dtype):
@@ -168,12 +173,6 @@ def _uncast(weight: Replay, compute_dtype: torch.dtype) -> Replay:
     transposed = sum(step.function is torch.t for step in steps) % 2 == 1
     rest = tuple(step for step in steps if step.function is not torch.t)
     return Replay(source, rest).then(torch.t) if transposed else Replay(source, rest)
-
-
-def _passes_gradients(node: Node) -> bool:
-    """Not where it was computed from a parameter under no_grad."""
-    before = tensor_of(node.args[0]) if node.args else None
-    return before is not None and before.requires_grad == tensor_of(node).requires_grad
 
 
 def _is_transpose(node: Node) -> bool:
@@ -190,7 +189,8 @@ def _is_narrowing_cast(node: Node, compute_dtype: torch.dtype) -> bool:
     """Whether a node does nothing but round a wider tensor, never written again, to the dtype of the product."""
     if operation(node) not in _CASTS:
         return False
-    before, after = tensor_of(node.args[0]), tensor_of(node)
+    source: Any = node.args[0]
+    before, after = tensor_of(source), tensor_of(node)
     return (
         before is not None
         and after is not None
@@ -198,7 +198,7 @@ def _is_narrowing_cast(node: Node, compute_dtype: torch.dtype) -> bool:
         and after.dtype == compute_dtype
         and compute_dtype in (torch.bfloat16, torch.float16)
         and before.device == after.device
-        and first_write(_from(node), [node.args[0]]) is None
+        and first_write(_from(node), [source]) is None
     )
 
 

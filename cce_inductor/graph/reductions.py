@@ -45,6 +45,7 @@ class Reduction:
     ignore_index: int | None = None
     want_total: bool = False
     total_weight: Node | None = None  # [V]
+    is_loss: bool = True  # part of a loss by its form, not just some sum of the activations of a layer
 
     @property
     def name(self) -> str:
@@ -166,7 +167,7 @@ def total(call: Call, input: DeferredLogits, dim: Any = None, keepdim: bool = Fa
         value = results.total - input.vocab_size * results.lse if input.normalized else results.total
         return _in_rows(input, value / divisor, results, keepdim)
 
-    return Reduction(call.node, input, build, want_total=True)
+    return Reduction(call.node, input, build, want_total=True, is_loss=input.normalized)
 
 
 def _in_rows(x: DeferredLogits, value: Vector, results: Results, keepdim: bool) -> Vector:

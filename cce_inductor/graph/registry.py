@@ -19,7 +19,12 @@ from .logits import DeferredLogits, Refused
 
 Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}
-EITHER_OPERAND = ("mul", "add")  # their rules take the logits in either place; those of all others in the first
+EITHER_OPERAND = (
+    "mul",
+    "add",
+    "sub",
+    "div",
+)  # their rules take the logits in either place; those of all others in the first
 
 # Operations under another name, in torch, in Python or as a method of a tensor.
 ALIASES = {
@@ -62,7 +67,7 @@ def operation(node: Node) -> str:
         return node.op
     if target is getattr and isinstance(node.args[1], str):
         return node.args[1]
-    name = getattr(target, "__name__", str(target))
+    name = getattr(target, "__name__", str(target)).removeprefix("special_")
     if not _is_torch(target, name):
         return f"{getattr(target, '__module__', '')}.{name}".lstrip(".")
     return ALIASES.get(name, name)
@@ -84,9 +89,9 @@ def apply(node: Node, values: dict[Node, Any]) -> Any:
     kwargs = {key: _operand(arg, values) for key, arg in node.kwargs.items()}
     first = node.args[0] if node.args else node.kwargs.get("input")
     if name not in EITHER_OPERAND and any(user is not first for user in node.all_input_nodes if user in values):
-        raise Refused(f"the logits are an argument of `{name}` beside another tensor, so they are needed in memory")
-    args = [kwargs.pop("input")] + args if "input" in kwargs else args
-    args = args + [kwargs.pop("other")] if "other" in kwargs else args
+        raise Refused(f"the logits are not what `{name}` works on but another argument, so they are needed in memory")
+    args = [kwargs.pop("input"), *args] if "input" in kwargs else args
+    args = [*args, kwargs.pop("other")] if "other" in kwargs else args
     try:
         return function(Call(node), *args, **kwargs)
     except Refused:

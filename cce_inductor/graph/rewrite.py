@@ -25,15 +25,18 @@ from .sweeps import Sweep, sweeps_of
 def rewrite(site: Site, options: Options) -> Rewrite:
     """Rewrites a site in its graph; raises `Refused`, or whatever went wrong, with the graph as it was."""
     graph = site.logits.matmul.graph
-    sweeps = sweeps_of(site)
+    order = list(graph.nodes)
     emitter = Emitter(graph)
     try:
+        sweeps = sweeps_of(site)
         replacements = [pair for sweep in sweeps for pair in _emit(sweep, site, emitter, options)]
         for node, replacement in replacements:
             _require_same(node, replacement)
         report = _describe(site, len(sweeps))
     except BaseException:
         emitter.undo()
+        for node in order:  # some may have moved
+            graph.output_node().prepend(node)
         raise
     for node, replacement in replacements:
         node.replace_all_uses_with(replacement)

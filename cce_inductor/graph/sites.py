@@ -15,11 +15,14 @@ from ..compat import size_hint, statically_equal
 from ..options import Options
 from ..report import Refusal
 from . import maps, matmuls, rows  # noqa: F401 (they register their rules)
+from .effects import grad_modes
 from .logits import DeferredLogits, Refused
 from .reductions import Reduction
 from .registry import apply, operation, tensor_of
 
 LOSSES = ("cross_entropy", "nll_loss")
+ORPHANED = "its logits are no product with a weight in this graph: an input, or the graph broke before the loss"
+TRANSFORMED = "the loss is computed under a torch.func transform; the operators have no rules for those"
 
 
 @dataclass
@@ -35,7 +38,8 @@ class Site:
 def find_sites(graph: Graph) -> list[Site]:
     """All matmuls of a graph as sites, most of them without any reduction."""
     position = {node: i for i, node in enumerate(graph.nodes)}
-    starts = (matmuls.start(node) for node in graph.nodes)
+    modes = grad_modes(graph)
+    starts = (matmuls.start(node, modes) for node in graph.nodes)
     return [_follow(logits, position) for logits in starts if logits is not None]
 
 
@@ -64,9 +68,17 @@ def _follow(logits: DeferredLogits, position: dict[Node, int]) -> Site:
     return site
 
 
-def why_not(site: Site, options: Options) -> Refusal | None:
-    """Why a site should stay as it is, by what is known of it alone; None where it can be rewritten."""
+def why_not(site: Site, transformed: set[Node], options: Options) -> Refusal | None:
+    """Why a site should stay as it is, by what is known of it alone; None where it can be rewritten.
+
+    transformed: the nodes that run under a torch.func transform.
+    """
     matmul = site.logits.matmul
+    small = _too_small(site, options)
+    if small is not None:
+        return small
+    if not transformed.isdisjoint(site.chain):
+        return refusal(matmul, "torch.func", TRANSFORMED)
     for node, reason in site.escapes.items():
         if node.op != "output":
             return refusal(node, operation(node), reason)
@@ -76,7 +88,7 @@ def why_not(site: Site, options: Options) -> Refusal | None:
     if site.escapes:
         reason = "the logits are returned and no loss of them is in this graph; compile the loss with the model"
         return refusal(matmul, "return", reason, by_choice=not tensor_of(matmul).requires_grad)
-    return _too_small(site, options)
+    return None
 
 
 def _too_small(site: Site, options: Options) -> Refusal | None:
@@ -87,12 +99,13 @@ def _too_small(site: Site, options: Options) -> Refusal | None:
         reason = f"the logits take {size} bytes, less than min_logits_bytes={options.min_logits_bytes}; 0 rewrites all"
     else:
         return None
-    return refusal(site.logits.matmul, site.reductions[0].name, reason, by_choice=True)
+    name = site.reductions[0].name if site.reductions else "return"
+    return refusal(site.logits.matmul, name, reason, by_choice=True)
 
 
 def is_worth_reporting(site: Site, options: Options) -> bool:
     """Whether a user may have expected a rewrite: a loss was reached, or a large head's logits are just returned."""
-    if site.reductions:
+    if any(reduction.is_loss for reduction in site.reductions):
         return True
     vocab = size_hint(site.logits.vocab_size)
     only_returned = bool(site.escapes) and all(node.op == "output" for node in site.escapes)
@@ -101,16 +114,17 @@ def is_worth_reporting(site: Site, options: Options) -> bool:
 
 def logits_bytes(site: Site) -> int | None:
     """What the logits would take in memory as they enter the first reduction; None for unknown sizes."""
-    logits = site.reductions[0].logits
+    logits = site.reductions[0].logits if site.reductions else site.logits
     sizes = [size_hint(size) for size in site.logits.shape]
     known = [size for size in sizes if size is not None]
     return math.prod(known, start=logits.dtype.itemsize) if len(known) == len(sizes) else None
 
 
-def orphan_losses(graph: Graph, sites: list[Site], options: Options) -> list[Refusal]:
+def orphan_losses(graph: Graph, sites: list[Site], transformed: set[Node], options: Options) -> list[Refusal]:
     """Refusals for the losses that no site reaches, with the operation that cut them off where one can be named."""
     reached = {reduction.node for site in sites for reduction in site.reductions}
     escapes = {node: reason for site in sites for node, reason in site.escapes.items()}
+    reported = {node for site in sites if is_worth_reporting(site, options) for node in site.escapes}
     refusals = []
     for node in graph.nodes:
         if operation(node) not in LOSSES or node in reached:
@@ -122,8 +136,12 @@ def orphan_losses(graph: Graph, sites: list[Site], options: Options) -> list[Ref
         if (size_hint(vocab) or 0) < options.min_vocab:
             continue
         cut = _cut(node, vocab, escapes)
-        reason = "its logits are no product with a weight in this graph: an input, or the graph broke before the loss"
-        refusals.append(refusal(cut or node, operation(cut or node), escapes[cut] if cut else reason))
+        if node in transformed:
+            refusals.append(refusal(node, "torch.func", TRANSFORMED))
+        elif cut is None:
+            refusals.append(refusal(node, operation(node), ORPHANED))
+        elif cut not in reported:
+            refusals.append(refusal(cut, operation(cut), escapes[cut]))
     return refusals
 
 

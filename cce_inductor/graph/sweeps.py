@@ -68,7 +68,7 @@ def sweeps_of(site: Site) -> list[Sweep]:
     sweeps: list[Sweep] = []
     for reduction in site.reductions:
         grad_enabled = modes[reduction.node]
-        if grad_enabled and not modes[site.logits.matmul]:
+        if grad_enabled and not all(modes[node] for node in _path(reduction, site)):
             raise Refused("the logits are computed without gradients and reduced with gradients enabled")
         admitting = (s for s in sweeps if s.admits(reduction, grad_enabled) and _make_available(reduction, s))
         home = next(admitting, None)
@@ -77,6 +77,18 @@ def sweeps_of(site: Site) -> list[Sweep]:
         else:
             home.reductions.append(reduction)
     return sweeps
+
+
+def _path(reduction: Reduction, site: Site) -> set[Node]:
+    """The nodes that the logits go through from the matmul to a reduction."""
+    deferred = set(site.chain) - {other.node for other in site.reductions}
+    path: set[Node] = set()
+    stack = [reduction.node]
+    while stack:
+        new = deferred.intersection(stack.pop().all_input_nodes) - path
+        path |= new
+        stack += new
+    return path
 
 
 def _make_available(reduction: Reduction, sweep: Sweep) -> bool:
@@ -95,12 +107,12 @@ def _make_available(reduction: Reduction, sweep: Sweep) -> bool:
 
 
 def _late_ancestors(nodes: list[Node], anchor: Node) -> list[Node]:
-    """The nodes, and what they are computed from, that stand after the anchor, in graph order."""
+    """The nodes, and what they are computed from, from the anchor on, in graph order."""
     late: set[Node] = set()
     stack = list(nodes)
     while stack:
         node = stack.pop()
-        if node not in late and anchor < node:
+        if node not in late and not node < anchor:
             late.add(node)
             stack += node.all_input_nodes
     return [node for node in anchor.graph.nodes if node in late]

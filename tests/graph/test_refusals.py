@@ -1,0 +1,515 @@
+"""What is not understood stays exactly as it was, and the report says why, with the user's line."""
+
+import logging
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import (
+    EVERYTHING,
+    B,
+    D,
+    S,
+    V,
+    assert_like_eager,
+    assert_untouched,
+    bias,
+    check,
+    check_refused,
+    hidden,
+    labels,
+    run_compiled,
+    weight,
+)
+from torch._dynamo.exc import BackendCompilerFailed
+
+from cce_inductor import Options, RefusedError, cce_backend
+
+
+def args(requires_grad=True):
+    return hidden(requires_grad=requires_grad), weight(requires_grad=requires_grad), labels()
+
+
+# ------------------------------------------------------------------------------------------ logits that are needed
+
+
+def test_logits_returned_beside_the_loss():
+    def program(h, w, t):
+        logits = F.linear(h, w)  # <-
+        return F.cross_entropy(logits.view(-1, V), t.view(-1)), logits
+
+    check_refused(program, *args(), operation="return", reason="return the loss alone where nobody reads the logits")
+
+
+def test_cast_logits_returned_beside_the_loss():
+    def program(h, w, t):
+        logits = F.linear(h, w).float()  # <-
+        return F.cross_entropy(logits.view(-1, V), t.view(-1)), {"logits": logits}["logits"]
+
+    half = torch.bfloat16
+    given = (hidden(dtype=half), weight(dtype=half), labels())
+    check_refused(program, *given, operation="return", reason="returned beside the loss")
+
+
+def large_head(requires_grad):
+    return hidden(20, D, requires_grad=requires_grad), weight(1500, D, requires_grad=requires_grad)
+
+
+def test_logits_returned_without_a_loss():
+    def program(h, w):
+        return F.linear(h, w)  # <-
+
+    check_refused(program, *large_head(True), operation="return", reason="compile the loss with the model")
+
+
+def test_logits_returned_in_inference_are_nobodys_mistake():
+    def program(h, w):
+        return F.linear(h, w)  # <-
+
+    given = large_head(False)
+    check_refused(program, *given, operation="return", reason="compile the loss with the model", by_choice=True)
+
+
+def test_a_small_layer_that_is_returned_is_not_worth_a_word():
+    ours = run_compiled(lambda h, w: F.linear(h, w), hidden(), weight())
+    assert ours.report.refused == []
+
+
+def test_logits_that_are_an_input_of_the_graph():
+    def program(logits, t):
+        return F.cross_entropy(logits.view(-1, V), t.view(-1))  # <-
+
+    check_refused(program, hidden(B, S, V), labels(), operation="cross_entropy", reason="an input, or the graph broke")
+
+
+def test_a_graph_that_breaks_before_the_loss():
+    def program(h, w, t):
+        logits = F.linear(h, w)
+        torch._dynamo.graph_break()
+        return F.cross_entropy(logits.view(-1, V), t.view(-1))
+
+    ours = run_compiled(program, hidden(), weight(), labels(), fullgraph=False)
+    [refusal] = ours.report.refused
+    assert "the graph broke before the loss" in refusal.reason
+    assert_like_eager(ours, program, args())
+
+
+def test_logits_of_a_product_whose_operand_is_made_of_the_vocabulary():
+    """A lookup in a matrix of scores."""
+
+    def program(scores, t):
+        return F.cross_entropy(scores[t].view(-1, V), t.view(-1))  # <-
+
+    check_refused(program, weight(V, V), labels(), operation="cross_entropy", reason="no product with a weight")
+
+
+READERS = {
+    "dropout": lambda x: F.dropout(x, 0.5),
+    "argmax": lambda x: x.argmax(-1),
+    "softmax": lambda x: x.softmax(-1),
+    "topk": lambda x: x.topk(2).values,
+    "max": lambda x: x.max(-1).values,
+    "exp": lambda x: x.exp(),
+    "matmul": lambda x: x @ x.mT,
+    "numel_free_norm": lambda x: x.norm(),
+    "relu": lambda x: x.relu(),
+}
+
+
+@pytest.mark.parametrize(("name", "reader"), READERS.items(), ids=READERS)
+def test_logits_that_something_else_reads_too(name, reader):
+    def program(h, w, t):
+        x = F.linear(h, w)
+        other = reader(x).sum() * 0
+        return F.cross_entropy(x.view(-1, V), t.view(-1)) + other
+
+    ours = run_compiled(program, *args())
+    assert ours.report.rewritten == []
+    [refusal] = ours.report.refused
+    assert refusal.operation == {"numel_free_norm": "norm"}.get(name, name)
+    assert refusal.reason == f"`{refusal.operation}` of the logits is not understood, so they are needed in memory"
+    assert refusal.location.startswith(f"{__file__}:")
+    assert_untouched(ours)
+    assert_like_eager(ours, program, args())
+
+
+def test_the_line_of_the_operation_in_the_way():
+    def program(h, w, t):
+        x = F.linear(h, w)
+        x = F.dropout(x, 0.0)  # <-
+        return F.cross_entropy(x.view(-1, V), t.view(-1))
+
+    check_refused(program, *args(), operation="dropout", reason="is not understood")
+
+
+def test_soft_targets():
+    def program(h, w, p):
+        return F.cross_entropy(F.linear(h, w).view(-1, V), p)  # <-
+
+    given = (hidden(), weight(), torch.rand(B * S, V).softmax(-1))
+    check_refused(program, *given, operation="cross_entropy", reason="its targets are probabilities")
+
+
+def test_the_loss_over_the_rows_of_a_contrastive_matrix():
+    """CLIP: a loss along each dimension of one product."""
+
+    def program(image, text):
+        x = image @ text.t()
+        target = torch.arange(image.size(0))
+        return F.cross_entropy(x, target) + F.cross_entropy(x.t(), target)  # <-
+
+    given = (hidden(20, D), weight(20, D))
+    check_refused(program, *given, operation="cross_entropy", reason="class dimension is not the vocabulary")
+
+
+LISTS = {
+    "cat": lambda x, y: torch.cat([x, y]),
+    "cat_rows": lambda x, y: torch.cat((x[:5], x[5:])),
+    "stack": lambda x, y: torch.stack([x, y]),
+    "where": lambda x, y: torch.where(x > 0, x, y),
+}
+
+
+@pytest.mark.parametrize("combine", LISTS.values(), ids=LISTS)
+def test_logits_joined_with_others(combine):
+    def program(h, w, t):
+        x, y = F.linear(h, w).flatten(0, 1), F.linear(h * 2, w).flatten(0, 1)
+        joined = combine(x, y).reshape(-1, V)
+        return F.cross_entropy(joined, t.flatten().repeat(joined.size(0) // t.numel())) + 0 * y.sum()
+
+    ours = run_compiled(program, *args())
+    assert ours.report.rewritten == []
+    assert ours.report.refused
+    assert_untouched(ours)
+    assert_like_eager(ours, program, args())
+
+
+OTHERS = {
+    "deprecated_arguments": (
+        lambda x, t: F.cross_entropy(x, t, size_average=True),
+        "deprecated arguments size_average or reduce",
+    ),
+    "nll_of_logits": (lambda x, t: F.nll_loss(x, t), "did you mean cross_entropy?"),
+    "gather_of_two": (lambda x, t: x.gather(-1, torch.stack([t, t], -1)).sum(), "one class for each row"),
+    "gather_of_rows": (lambda x, t: x.gather(0, t.view(-1, 1) % 7).sum(), "one class for each row"),
+    "logsumexp_of_rows": (lambda x, t: x.logsumexp(0).sum(), "another dimension than the vocabulary"),
+    "logsumexp_of_all": (lambda x, t: x.logsumexp((0, 1)).sum(), "another dimension than the vocabulary"),
+    "logsumexp_of_log_softmax": (lambda x, t: x.log_softmax(-1).logsumexp(-1).sum(), "whose logsumexp is zero"),
+    "log_softmax_of_rows": (lambda x, t: x.log_softmax(0)[0, 0], "another dimension than the vocabulary"),
+    "scaled_log_probs": (lambda x, t: (2 * x.log_softmax(-1)).gather(-1, t[:, None]).sum(), "after picking"),
+    "sliced_log_probs": (lambda x, t: x.log_softmax(-1)[:, :10].sum(), "slice the logits"),
+    "every_second_class": (lambda x, t: F.cross_entropy(x[:, ::2], t // 2), "step by one"),
+    "one_class": (lambda x, t: x[:, 3].sum(), "use gather(-1, index) or cross_entropy"),
+    "two_index_tensors": (lambda x, t: x[torch.arange(t.numel()), t].sum(), "use one index tensor, or gather"),
+    "across_the_vocabulary": (lambda x, t: x.reshape(V, -1).logsumexp(-1).sum(), "keep that dimension whole"),
+    "sum_of_all": (lambda x, t: x.sum() * 0, "another dimension than the vocabulary"),
+    "to_int": (lambda x, t: x.to(torch.int64).sum(), "converted to torch.int64"),
+    "to_float64": (lambda x, t: F.cross_entropy(x.double(), t), "converted to float64"),
+    "broadcast": (lambda x, t: F.cross_entropy((x + torch.zeros(2, 1, V))[0], t), "differs from row to row"),
+}
+
+
+@pytest.mark.parametrize(("loss", "reason"), OTHERS.values(), ids=OTHERS)
+def test_losses_that_are_left_alone(loss, reason):
+    """A loss beside it, so that the refusal is reported also where this is none."""
+
+    def program(h, w, t):
+        x = F.linear(h, w).view(-1, V)
+        return F.cross_entropy(x, t.view(-1)) + loss(x, t.view(-1))
+
+    with warnings.catch_warnings(action="ignore"):
+        ours = run_compiled(program, *args())
+        assert ours.report.rewritten == []
+        assert reason in ours.report.refused[0].reason
+        assert_untouched(ours)
+        assert_like_eager(ours, program, args())
+
+
+def test_smoothing_over_a_dynamic_vocabulary():
+    def program(h, w, t):
+        return F.cross_entropy(F.linear(h, w).view(-1, w.size(0)), t.view(-1), label_smoothing=0.1)  # <-
+
+    check_refused(program, *args(), operation="cross_entropy", reason="vocabulary of a constant size", dynamic=True)
+
+
+# ---------------------------------------------------------------------------------------------- too small to gain
+
+
+def test_fewer_classes_than_min_vocab():
+    def program(h, w, t):
+        x = F.linear(h, w)  # <-
+        return F.cross_entropy(x.view(-1, V), t.view(-1))
+
+    check_refused(
+        program,
+        *args(),
+        operation="cross_entropy",
+        reason=f"{V} classes are fewer than min_vocab={V + 1}",
+        by_choice=True,
+        options=Options(min_vocab=V + 1, min_logits_bytes=0),
+    )
+    check(program, *args(), options=Options(min_vocab=V, min_logits_bytes=0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_smaller_logits_than_min_logits_bytes(dtype, dynamic):
+    def program(h, w, t):
+        x = F.linear(h, w)  # <-
+        return F.cross_entropy(x.view(-1, V), t.view(-1))
+
+    size = B * S * V * dtype.itemsize
+    given = (hidden(dtype=dtype), weight(dtype=dtype), labels())
+    check_refused(
+        program,
+        *given,
+        operation="cross_entropy",
+        reason=f"the logits take {size} bytes, less than min_logits_bytes={size + 1}",
+        by_choice=True,
+        options=Options(min_vocab=0, min_logits_bytes=size + 1),
+        dynamic=dynamic,
+    )
+    check(program, *given, options=Options(min_vocab=0, min_logits_bytes=size), dynamic=dynamic)
+
+
+def test_a_small_head_is_refused_by_choice_whatever_else_reads_it():
+    """The router of a mixture of experts has a z-loss on logits that it also needs."""
+
+    def program(h, w, t):
+        router = F.linear(h, w)  # <-
+        return router.softmax(-1).sum() * 0 + router.logsumexp(-1).square().mean()
+
+    check_refused(
+        program,
+        *args(),
+        operation="logsumexp",
+        reason="too few to gain",
+        by_choice=True,
+        options=Options(),
+    )
+
+
+def test_the_mean_of_activations_is_no_loss():
+    """A layer normalization by hand, behind a product, is not reported."""
+
+    def program(h, p, w, t):
+        x = F.linear(h, p)
+        x = (x - x.mean(-1, keepdim=True)) * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+        return F.cross_entropy(F.linear(x, w).view(-1, V), t.view(-1))
+
+    check(program, hidden(), weight(D, D).detach(), weight(), labels())
+
+
+# ------------------------------------------------------------------------------------------------ in-place writes
+
+
+WRITES = {
+    "scaled": lambda x: x.mul_(2.0),
+    "divided": lambda x: x.div_(0.7),
+    "augmented": lambda x: _imul(x),
+    "set": lambda x: x.__setitem__((Ellipsis, slice(0, 2)), -1.0),
+    "filled": lambda x: x[..., 0].fill_(-1.0),
+    "out": lambda x: torch.mul(x, 2.0, out=x),
+}
+
+
+def _imul(x):
+    x *= 0.5
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_logits_written_in_place(write):
+    def program(h, w, t):
+        x = F.linear(h, w)
+        write(x)
+        return F.cross_entropy(x.view(-1, V), t.view(-1))
+
+    given = args(requires_grad=write is not WRITES["out"])
+    ours = run_compiled(program, *given)
+    assert ours.report.rewritten == []
+    assert ours.report.refused[0].location.startswith(f"{__file__}:")
+    assert_untouched(ours)
+    assert_like_eager(ours, program, given)
+
+
+@pytest.mark.parametrize("operand", ["hidden", "weight", "bias", "view_of_the_weight", "weight_by_out"])
+def test_an_operand_written_between_product_and_loss(operand):
+    def program(h, w, b, t):
+        x = F.linear(h, w, b)  # <-
+        if operand == "hidden":
+            h.zero_()
+        elif operand == "weight":
+            w.mul_(2.0)
+        elif operand == "bias":
+            b += 1.0
+        elif operand == "view_of_the_weight":
+            w.t()[0].fill_(1.0)
+        else:
+            torch.neg(w, out=w)
+        return F.cross_entropy(x.view(-1, V), t.view(-1))
+
+    given = (hidden(requires_grad=False), weight(requires_grad=False), bias(requires_grad=False), labels())
+    reason = "changes an operand in place before the loss is computed"
+    check_refused(program, *given, operation="cross_entropy", reason=reason)
+
+
+def test_hidden_states_written_after_the_loss():
+    def program(h, w, t):
+        loss = F.cross_entropy(F.linear(h, w).view(-1, V), t.view(-1))
+        h.zero_()
+        return loss + h.sum()
+
+    check(program, *args(requires_grad=False))
+
+
+def test_another_tensor_written_between_product_and_loss():
+    def program(h, w, t, counter):
+        x = F.linear(h, w)
+        counter += 1
+        return F.cross_entropy(x.view(-1, V), t.view(-1)), counter
+
+    check(program, *args(), torch.zeros(3))
+
+
+def test_labels_written_between_product_and_loss():
+    """llm-foundry rolls the labels and writes the last ones. The loss reads them afterwards in any case."""
+
+    def program(h, w, t):
+        x = F.linear(h, w)
+        t = t.roll(-1, dims=1)
+        t[:, -1] = -100
+        return F.cross_entropy(x.view(-1, V), t.view(-1))
+
+    check(program, *args())
+
+
+def test_labels_written_between_two_losses():
+    def program(h, w, t):
+        x = F.linear(h, w).view(-1, V)
+        first = F.cross_entropy(x, t.view(-1))  # the target's own memory
+        t[:, 0] = 5
+        return first + F.cross_entropy(x, t.view(-1))
+
+    check(program, *args(requires_grad=False), calls=2)
+
+
+def test_labels_written_between_logsumexp_and_loss():
+    def program(h, w, t):
+        x = F.linear(h, w).view(-1, V)
+        z = x.logsumexp(-1).mean()
+        t = t.clone()
+        t[:, 0] = -100
+        return z + F.cross_entropy(x, t.view(-1))
+
+    check(program, *args(), calls=2)
+
+
+def test_an_index_written_before_its_use():
+    def program(h, w, t, rows):
+        x = F.linear(h, w)
+        rows.add_(1)
+        return F.cross_entropy(x[:, rows].flatten(0, 1), t[:, rows].flatten())
+
+    ours = run_compiled(program, *args(), torch.arange(S - 1))
+    assert_like_eager(ours, program, (*args(), torch.arange(S - 1)))
+
+
+def test_a_refusal_puts_labels_that_were_to_be_moved_back():
+    def program(h, w, t):
+        x = F.linear(h, w)  # <-
+        w.zero_()
+        z = x.logsumexp(-1).mean()
+        shifted = F.pad(t, (0, 1), value=-100)[..., 1:].contiguous()
+        return z + F.cross_entropy(x.view(-1, V), shifted.view(-1))
+
+    given = args(requires_grad=False)
+    check_refused(program, *given, operation="logsumexp", reason="changes an operand in place")
+
+
+# ------------------------------------------------------------------------------------------- regions and transforms
+
+
+@pytest.mark.parametrize("where", ["product", "rows", "cast"])
+def test_logits_without_gradients_reduced_with_gradients(where):
+    """Moving the product to the loss would give the operands gradients that eager does not give."""
+
+    def program(h, w, t):
+        x = F.linear(h, w) if where != "product" else None
+        with torch.no_grad():
+            if where == "product":
+                x = F.linear(h, w)
+            x = x[:, :-1] if where == "rows" else x.to(torch.float64).float()
+        return F.cross_entropy(x.reshape(-1, V), t[:, : x.size(1)].reshape(-1)) + h.sum() + w.sum()
+
+    ours = run_compiled(program, *args())
+    assert ours.report.rewritten == []
+    assert_untouched(ours)
+    assert_like_eager(ours, program, args())
+
+
+def test_loss_under_a_function_transform():
+    def program(h, w, t):
+        def loss(h):
+            return F.cross_entropy(F.linear(h, w).view(-1, V), t.view(-1))  # <-
+
+        return torch.func.grad(loss)(h)
+
+    given = args(requires_grad=False)
+    check_refused(program, *given, operation="torch.func", reason="torch.func transform")
+
+
+def test_loss_under_vmap():
+    def program(h, w, t):
+        return torch.func.vmap(lambda h, t: F.cross_entropy(F.linear(h, w), t))(h, t)  # <-
+
+    given = args(requires_grad=False)
+    check_refused(program, *given, operation="torch.func", reason="torch.func transform")
+
+
+# ------------------------------------------------------------------------------------------------------ on_refusal
+
+
+def refused_program(h, w, t):
+    return F.cross_entropy(F.dropout(F.linear(h, w), 0.0).view(-1, V), t.view(-1))
+
+
+def compile_with(**options):
+    """With the whole backend, as far as the lowering to Inductor, which is left out."""
+    torch._dynamo.reset()
+    options |= {"min_vocab": options.get("min_vocab", 0), "min_logits_bytes": 0}
+    return torch.compile(refused_program, backend=cce_backend, options=options)
+
+
+@pytest.fixture(autouse=True)
+def _without_inductor(monkeypatch):
+    from cce_inductor import compat
+
+    monkeypatch.setattr(compat, "inductor_backend", lambda mode, options: lambda gm, inputs: gm.forward)
+
+
+def test_on_refusal_log(caplog):
+    with warnings.catch_warnings(action="error"), caplog.at_level(logging.INFO, "cce_inductor"):
+        compile_with(on_refusal="log")(*args())
+    assert any("left alone" in message and "dropout" in message for message in caplog.messages)
+
+
+def test_on_refusal_warn():
+    with pytest.warns(UserWarning, match=r"left a loss as it was:\n.*test_refusals.py:\d+: dropout: "):
+        compile_with(on_refusal="warn")(*args())
+
+
+def test_on_refusal_raise():
+    with pytest.raises(BackendCompilerFailed, match="dropout") as raised:
+        compile_with(on_refusal="raise")(*args())
+    assert isinstance(raised.value.inner_exception, RefusedError)
+
+
+@pytest.mark.parametrize("on_refusal", ["warn", "raise"])
+def test_a_refusal_by_choice_is_only_logged(on_refusal):
+    with warnings.catch_warnings(action="error"):
+        compile_with(on_refusal=on_refusal, min_vocab=V + 1)(*args())
+
+
+def test_everything_is_the_option_of_these_tests():
+    assert Options(min_vocab=0, min_logits_bytes=0) == EVERYTHING

@@ -1,0 +1,307 @@
+"""Compiles small programs with the pass, without Inductor, and holds them against eager PyTorch.
+
+A program is a function of tensors and modules. `check` says that it is rewritten and right, `check_refused` that it is
+left alone for a reason and right.
+"""
+
+import copy
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.overrides import TorchFunctionMode
+
+from cce_inductor import Options, Report
+from cce_inductor.compat import size_hint
+from cce_inductor.graph import driver
+from cce_inductor.ops.library import vocab_reductions
+
+EVERYTHING = Options(min_vocab=0, min_logits_bytes=0)
+# [B, S, D] hidden states and [V, D] weights; no two sizes are equal, and there are more rows than the width, so that
+# the logits are the largest tensor of a program.
+B, S, D, V = 3, 7, 8, 53
+
+
+def hidden(*shape: int, dtype: torch.dtype = torch.float32, requires_grad: bool = True) -> Tensor:
+    """Hidden states of the given shape, [B, S, D] where there is none."""
+    return _random(shape or (B, S, D), dtype, requires_grad, seed=1)
+
+
+def weight(*shape: int, dtype: torch.dtype = torch.float32, requires_grad: bool = True) -> Tensor:
+    return _random(shape or (V, D), dtype, requires_grad, seed=2)
+
+
+def bias(*shape: int, dtype: torch.dtype = torch.float32, requires_grad: bool = True) -> Tensor:
+    return _random(shape or (V,), dtype, requires_grad, seed=3)
+
+
+def labels(*shape: int, classes: int = V, ignored: int | None = None, every: int = 3) -> Tensor:
+    """Class indices; every third one is `ignored` where that is given."""
+    shape = shape or (B, S)
+    target = torch.randint(0, classes, shape, generator=torch.Generator().manual_seed(4))
+    if ignored is not None:
+        target.view(-1)[::every] = ignored
+    return target
+
+
+def _random(shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool, seed: int) -> Tensor:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return values.to(dtype).requires_grad_(requires_grad)
+
+
+# ---------------------------------------------------------------------------------------------------- running programs
+
+
+@dataclass
+class Run:
+    """What one run of a program gave."""
+
+    outputs: list[Tensor]
+    gradients: list[Tensor | None]  # of every leaf that requires one, None where eager gives none
+
+
+@dataclass
+class Compiled(Run):
+    """The same with the pass, what it said, and its graphs before and after."""
+
+    report: Report = field(default_factory=Report)
+    before: list["Snapshot"] = field(default_factory=list)
+    after: list["Snapshot"] = field(default_factory=list)
+    modules: list[GraphModule] = field(default_factory=list)
+
+    @property
+    def operator_calls(self) -> list[Node]:
+        return [node for module in self.modules for node in nodes_of(module) if node.target is vocab_reductions]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One graph as text, the elements of its largest input, and of the largest tensor that it computes."""
+
+    text: str
+    largest_input: int
+    largest_computed: int
+    dtypes: frozenset[torch.dtype]
+
+    @classmethod
+    def of(cls, module: GraphModule) -> "Snapshot":
+        inputs, computed, dtypes = [0], [0], set()
+        for node in nodes_of(module):
+            for tensor in tensors_of(node.meta.get("example_value")):
+                (inputs if node.op in ("placeholder", "get_attr") else computed).append(elements(tensor))
+                dtypes.add(tensor.dtype)
+        text = "\n".join(str(graph.graph) for graph in graph_modules(module))
+        return cls(text, max(inputs), max(computed), frozenset(d for d in dtypes if d.is_floating_point))
+
+
+def graph_modules(module: GraphModule) -> Iterator[GraphModule]:
+    """A graph module and the subgraphs of its higher-order operators."""
+    return (child for child in module.modules() if isinstance(child, GraphModule))
+
+
+def nodes_of(module: GraphModule) -> Iterator[Node]:
+    return (node for child in graph_modules(module) for node in child.graph.nodes)
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from tensors_of(part)
+
+
+def elements(tensor: Tensor) -> int:
+    """The number of elements in the run that was traced; dynamic sizes count as they are in it."""
+    return math.prod(size_hint(size) or 0 for size in tensor.shape)
+
+
+def run_eager(function: Callable, args: tuple) -> Run:
+    return _run(function, copy.deepcopy(args))
+
+
+def run_float64(function: Callable, args: tuple) -> Run:
+    """The reference: the same program on float64 inputs, without any of its casts."""
+    with _Float64():
+        return _run(function, tuple(_double(arg) for arg in copy.deepcopy(args)))
+
+
+def run_compiled(
+    function: Callable,
+    *args: Any,
+    options: Options = EVERYTHING,
+    dynamic: bool | None = None,
+    lower: Callable | None = None,
+    fullgraph: bool = True,
+) -> Compiled:
+    """Compiled by the pass; then uncompiled graphs, or `lower(gm, inputs)` where given."""
+    result = Compiled([], [])
+
+    def backend(module: GraphModule, inputs: list[Any]) -> Callable:
+        result.before.append(Snapshot.of(module))
+        result.report.extend(driver.rewrite_module(module, options))
+        result.after.append(Snapshot.of(module))
+        result.modules.append(module)
+        return module.forward if lower is None else lower(module, inputs)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend=backend, dynamic=dynamic, fullgraph=fullgraph)
+    run = _run(compiled, copy.deepcopy(args))
+    result.outputs, result.gradients = run.outputs, run.gradients
+    return result
+
+
+def _run(function: Callable, args: tuple) -> Run:
+    torch.manual_seed(0)
+    outputs = list(tensors_of(function(*args)))
+    differentiable = [output for output in outputs if output.requires_grad]
+    leaves = list(leaves_of(args))
+    if not differentiable or not leaves:
+        return Run([output.detach() for output in outputs], [None for _ in leaves])
+    weights = [_cotangent(output, i) for i, output in enumerate(differentiable)]
+    gradients = torch.autograd.grad(differentiable, leaves, weights, allow_unused=True)
+    return Run([output.detach() for output in outputs], list(gradients))
+
+
+def leaves_of(args: Any) -> Iterator[Tensor]:
+    """The tensors and parameters that require gradients, each once."""
+    found: dict[int, Tensor] = {}
+    for arg in args:
+        parts = arg.parameters() if isinstance(arg, torch.nn.Module) else tensors_of(arg)
+        found |= {id(part): part for part in parts if part.requires_grad}
+    return iter(found.values())
+
+
+def _cotangent(output: Tensor, seed: int) -> Tensor:
+    """Numbers in eighths, which every dtype holds exactly; one for a scalar."""
+    if output.dim() == 0 and seed == 0:
+        return torch.ones_like(output)
+    eighths = torch.randint(-8, 9, output.shape, generator=torch.Generator().manual_seed(seed))
+    return (eighths / 8).to(output.dtype)
+
+
+def _double(arg: Any) -> Any:
+    if isinstance(arg, torch.nn.Module):
+        return arg.double()
+    if isinstance(arg, tuple | list):
+        return type(arg)(map(_double, arg))
+    if isinstance(arg, Tensor) and arg.is_floating_point():
+        return arg.detach().double().requires_grad_(arg.requires_grad)
+    return arg
+
+
+class _Float64(TorchFunctionMode):
+    """Turns the casts of a program into nothing, so that float64 inputs make a float64 program."""
+
+    CASTS = (Tensor.to, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.type_as, Tensor.type)
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = {name: _widened(value) for name, value in (kwargs or {}).items()}
+        if func in self.CASTS and args[0].dtype == torch.float64:
+            return args[0].clone()  # a cast makes a copy; it may be written in place
+        return func(*map(_widened, args), **kwargs)
+
+
+def _widened(value: Any) -> Any:
+    return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
+
+
+# --------------------------------------------------------------------------------------------------------- comparisons
+
+
+def check(
+    function: Callable,
+    *args: Any,
+    rewrites: int = 1,
+    calls: int = 1,
+    logits_in_memory: bool = False,
+    refusals: int = 0,
+    **how: Any,
+) -> Compiled:
+    """Asserts that a program is rewritten, into so many operator calls, and still does what eager does.
+
+    logits_in_memory: whether the logits may stay the largest tensor, because the program is too small or keeps them.
+    how: arguments for `run_compiled`.
+    """
+    ours = run_compiled(function, *args, **how)
+    assert len(ours.report.rewritten) == rewrites, ours.report
+    assert len(ours.report.refused) == refusals, ours.report
+    assert len(ours.operator_calls) == calls
+    if not logits_in_memory:
+        for before, after in zip(ours.before, ours.after, strict=True):
+            assert before.largest_computed > before.largest_input, "the logits should be the largest tensor"
+            assert after.largest_computed <= after.largest_input, f"there are logits in\n{after.text}"
+    assert_like_eager(ours, function, args)
+    return ours
+
+
+def check_refused(
+    function: Callable,
+    *args: Any,
+    operation: str,
+    reason: str,
+    marker: str | None = "# <-",
+    by_choice: bool = False,
+    refusals: int = 1,
+    **how: Any,
+) -> Compiled:
+    """Asserts that a program is left exactly as it was, for a reason that names its line.
+
+    marker: a comment on the line of the program that the refusal should name; None for a program without lines.
+    """
+    ours = run_compiled(function, *args, **how)
+    assert ours.report.rewritten == [], ours.report
+    assert len(ours.report.refused) == refusals, ours.report
+    refusal = ours.report.refused[0]
+    assert (refusal.operation, refusal.by_choice) == (operation, by_choice), refusal
+    assert reason in refusal.reason, refusal
+    if marker is not None:
+        assert refusal.location == line_of(function, marker), refusal
+    assert_untouched(ours)
+    assert_like_eager(ours, function, args)
+    return ours
+
+
+def assert_untouched(ours: Compiled) -> None:
+    assert [graph.text for graph in ours.after] == [graph.text for graph in ours.before]
+
+
+def line_of(function: Callable, marker: str) -> str:
+    """ "file:line" of the one line of a function that carries a comment."""
+    lines, first = inspect.getsourcelines(function)
+    [line] = [first + i for i, line in enumerate(lines) if marker in line]
+    return f"{inspect.getsourcefile(function)}:{line}"
+
+
+def assert_like_eager(ours: Compiled, function: Callable, args: tuple) -> None:
+    """Same shapes and dtypes, and no further from the float64 result than eager, but for rounding.
+
+    That is one rounding to the coarsest dtype of the program, and what float32 leaves of a softmax: a logit, a sum of
+    D products, is wrong by up to D units of rounding, and so is exp of it.
+    """
+    eager, exact = run_eager(function, args), run_float64(function, args)
+    eps = max(torch.finfo(dtype).eps for graph in ours.before for dtype in graph.dtypes) + D * 2**-23
+    _assert_close("output", ours.outputs, eager.outputs, exact.outputs, eps)
+    _assert_close("gradient", ours.gradients, eager.gradients, exact.gradients, eps)
+
+
+def _assert_close(name: str, ours: list, eager: list, exact: list, eps: float) -> None:
+    """eps: how much further off a result may be, of its size."""
+    assert len(ours) == len(eager) == len(exact)
+    for i, (mine, theirs, reference) in enumerate(zip(ours, eager, exact, strict=True)):
+        assert (mine is None) == (theirs is None), f"{name} {i}: only one of the two is None"
+        if theirs is None:
+            continue
+        assert (mine.shape, mine.dtype) == (theirs.shape, theirs.dtype), f"{name} {i}"
+        if not reference.dtype.is_floating_point:
+            assert torch.equal(mine, theirs), f"{name} {i}"
+            continue
+        assert torch.equal(mine.isnan(), theirs.isnan()), f"{name} {i}"
+        size = reference.nan_to_num().norm()
+        error, allowed = ((r.double() - reference).nan_to_num().norm() for r in (mine, theirs))
+        assert error <= allowed + eps * size, f"{name} {i}: error {error} where eager's is {allowed} of {size}"
