@@ -105,7 +105,7 @@ def _too_small(site: Site, options: Options) -> Refusal | None:
 
 def is_worth_reporting(site: Site, options: Options) -> bool:
     """Whether a user may have expected a rewrite: a loss was reached, or a large head's logits are just returned."""
-    if any(reduction.is_loss for reduction in site.reductions):
+    if any(reduction.is_loss for reduction in site.reductions) or "log_softmax" in map(operation, site.chain):
         return True
     vocab = size_hint(site.logits.vocab_size)
     only_returned = bool(site.escapes) and all(node.op == "output" for node in site.escapes)
@@ -142,6 +142,7 @@ def orphan_losses(graph: Graph, sites: list[Site], transformed: set[Node], optio
             refusals.append(refusal(node, operation(node), ORPHANED))
         elif cut not in reported:
             refusals.append(refusal(cut, operation(cut), escapes[cut]))
+            reported.add(cut)
     return refusals
 
 
