@@ -11,7 +11,7 @@ One program owns each tile of dz. The products of dz with hidden and weight are 
 import triton
 import triton.language as tl
 
-from .pointwise import exp
+from .pointwise import exp_of_difference
 from .tile import position_in_tile, preactivations, tile_position
 
 
@@ -74,7 +74,7 @@ def gradient_kernel(
             stride_hn, stride_hd, stride_wv, stride_wd, HAS_BIAS, USE_TMA, BLOCK_N, BLOCK_V, BLOCK_D,
         )  # fmt: skip
         x, slope = VALUE_AND_SLOPE(z)
-        dx = exp(x - row_lse[:, None]) * row_grad[:, None]
+        dx = exp_of_difference(x, row_lse) * row_grad[:, None]
         if HAS_TARGET:  # noqa: SIM102 (known when the kernel is compiled, holds_targets is not)
             if holds_targets:
                 hit = tl.arange(0, BLOCK_V)[None, :] == position[:, None]

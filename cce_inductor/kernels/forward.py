@@ -12,7 +12,7 @@ many tiles. While a tile is reduced the tensor cores wait, so every instruction 
 import triton
 import triton.language as tl
 
-from .pointwise import exp
+from .pointwise import exp_of_difference
 from .tile import preactivations, tile_position
 
 
@@ -69,5 +69,5 @@ def forward_kernel(
             x = tl.where(column_mask[None, :], x, -float("inf"))
         peak = tl.max(x, 1)
         shift = tl.where(peak == -float("inf"), 0.0, peak)
-        lse = shift + tl.log(tl.sum(exp(x - shift[:, None]), 1))
+        lse = shift + tl.log(tl.sum(exp_of_difference(x, shift), 1))
         tl.store(tile_lse + results, lse, mask=row_mask)

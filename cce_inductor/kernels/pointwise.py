@@ -16,6 +16,12 @@ def exp(x):
 
 
 @triton.jit
+def exp_of_difference(x, row):
+    """exp(x[n, v] - row[n]) as a fused multiply-add and an instruction; rounding row * LOG2_E costs half an ulp."""
+    return tl.exp2(x * LOG2_E - (row * LOG2_E)[:, None])
+
+
+@triton.jit
 def sigmoid(x):
     """1 / (1 + exp(-x)); exp overflows to infinity for very negative x, which gives the right 0."""
     return 1.0 / (1.0 + exp(-x))

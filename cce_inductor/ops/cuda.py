@@ -34,9 +34,8 @@ def supported(problem: Problem) -> bool:
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """lse, picked and total, each [N] in float32."""
-    if problem.hidden.is_cuda:
-        _assert_targets(problem)
     if not supported(problem):
+        _assert_targets(problem)
         return cpu.forward(problem)
     launch = Launch(problem, backward=False)
     tiles = -(-problem.vocab_size // launch.config.block_v)
@@ -62,6 +61,7 @@ def _picked(problem: Problem, lse: Tensor) -> Tensor:
     """The logits of the targets [N], or zeros without targets."""
     if problem.target is None:
         return torch.zeros_like(lse)
+    _assert_targets(problem)
     picked = torch.empty_like(lse)
     picked_kernel[(problem.num_rows,)](
         hidden=problem.hidden,
@@ -140,7 +140,7 @@ def _block_shape(problem: Problem) -> tuple[int, int]:
 
 
 def _assert_targets(problem: Problem) -> None:
-    """A device-side assertion, as eager's kernels have it: no synchronisation."""
+    """A device-side assertion, as eager's kernels have it: no synchronisation. On the CPU it raises at once."""
     if problem.target is not None:
         good = (problem.target >= 0) & (problem.target < problem.vocab_size)
         if problem.ignore_index is not None:
