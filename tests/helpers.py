@@ -281,27 +281,55 @@ def line_of(function: Callable, marker: str) -> str:
 def assert_like_eager(ours: Compiled, function: Callable, args: tuple) -> None:
     """Same shapes and dtypes, and no further from the float64 result than eager, but for rounding.
 
-    That is one rounding to the coarsest dtype of the program, and what float32 leaves of a softmax: a logit, a sum of
-    D products, is wrong by up to D units of rounding, and so is exp of it.
+    That is one rounding of the result and one of the inputs to the coarsest dtype of the program, and what float32
+    leaves of a softmax: a logit, a sum of D products, is wrong by up to D units of rounding, and so is exp of it.
     """
+    _assert_close_runs(ours, function, args, max(torch.finfo(d).eps for graph in ours.before for d in graph.dtypes))
+
+
+def assert_close_to_eager(ours: Callable, eager: Callable, args: tuple, rounding: torch.dtype | None = None) -> Tensor:
+    """The same for a function of ours and one of eager PyTorch; gives our result.
+
+    rounding: the coarsest dtype that they compute in, where it is not that of an argument.
+    """
+    dtypes = [rounding] if rounding else [t.dtype for t in tensors_of(args) if t.is_floating_point()]
+    run = run_eager(ours, args)
+    _assert_close_runs(run, eager, args, max(torch.finfo(dtype).eps for dtype in dtypes))
+    return run.outputs[0]
+
+
+def _assert_close_runs(ours: Run, function: Callable, args: tuple, eps: float) -> None:
     eager, exact = run_eager(function, args), run_float64(function, args)
-    eps = max(torch.finfo(dtype).eps for graph in ours.before for dtype in graph.dtypes) + D * 2**-23
-    _assert_close("output", ours.outputs, eager.outputs, exact.outputs, eps)
-    _assert_close("gradient", ours.gradients, eager.gradients, exact.gradients, eps)
+    nearby = run_float64(function, tuple(_nudged(arg, eps) for arg in copy.deepcopy(args)))
+    for name in ("outputs", "gradients"):
+        results = (getattr(run, name) for run in (ours, eager, exact, nearby))
+        for i, (mine, theirs, reference, near) in enumerate(zip(*results, strict=True)):
+            assert (mine is None) == (theirs is None), f"{name}[{i}]: only one of the two is None"
+            if theirs is not None:
+                _assert_close(f"{name}[{i}]", mine, theirs, reference, near, eps + D * 2**-23)
 
 
-def _assert_close(name: str, ours: list, eager: list, exact: list, eps: float) -> None:
-    """eps: how much further off a result may be, of its size."""
-    assert len(ours) == len(eager) == len(exact)
-    for i, (mine, theirs, reference) in enumerate(zip(ours, eager, exact, strict=True)):
-        assert (mine is None) == (theirs is None), f"{name} {i}: only one of the two is None"
-        if theirs is None:
-            continue
-        assert (mine.shape, mine.dtype) == (theirs.shape, theirs.dtype), f"{name} {i}"
-        if not reference.dtype.is_floating_point:
-            assert torch.equal(mine, theirs), f"{name} {i}"
-            continue
-        assert torch.equal(mine.isnan(), theirs.isnan()), f"{name} {i}"
-        size = reference.nan_to_num().norm()
-        error, allowed = ((r.double() - reference).nan_to_num().norm() for r in (mine, theirs))
-        assert error <= allowed + eps * size, f"{name} {i}: error {error} where eager's is {allowed} of {size}"
+def _nudged(arg: Any, eps: float) -> Any:
+    """Inputs a unit of rounding away: each number up or down."""
+    if isinstance(arg, torch.nn.Module):
+        arg = arg.double()
+        for parameter in arg.parameters():
+            parameter.data = _nudged(parameter.data, eps)
+        return arg
+    if isinstance(arg, tuple | list):
+        return type(arg)(_nudged(part, eps) for part in arg)
+    if not isinstance(arg, Tensor) or not arg.is_floating_point():
+        return arg
+    signs = torch.randint(0, 2, arg.shape, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    return (arg.detach().double() * (1 + eps * signs)).requires_grad_(arg.requires_grad)
+
+
+def _assert_close(name: str, mine: Tensor, theirs: Tensor, exact: Tensor, nearby: Tensor, eps: float) -> None:
+    assert (mine.shape, mine.dtype) == (theirs.shape, theirs.dtype), name
+    if not exact.dtype.is_floating_point:
+        assert torch.equal(mine, theirs), name
+        return
+    assert torch.equal(mine.isnan(), theirs.isnan()), name
+    error, eagers, sensitivity = ((run.double() - exact).nan_to_num().norm() for run in (mine, theirs, nearby))
+    allowed = eagers + sensitivity + eps * exact.nan_to_num().norm()
+    assert error <= allowed, f"{name}: off by {error}, eager by {eagers}, allowed {allowed}"
