@@ -11,6 +11,7 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which no import above does
 
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=40)
+settings.register_profile("soak", deadline=None, max_examples=1000)  # pytest --hypothesis-profile soak
 settings.load_profile("default")
 
 

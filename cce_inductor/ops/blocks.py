@@ -16,6 +16,8 @@ from torch import Tensor
 
 from .problem import Problem, spans
 
+ALIGNMENT = 8  # 16-bit matmuls are up to six times slower where the vocabulary's side is no multiple of this
+
 Fill = Callable[[slice, slice, Tensor, Tensor, Tensor | None], None]
 """fill(rows, columns, weight, dz, grad_bias): writes the block of dz [rows, columns], `weight` holding its columns,
 and adds its sum over rows, taken before dz is rounded, to grad_bias [columns] unless that is None."""
@@ -40,15 +42,23 @@ def exact_backward(
 
     for columns in spans(vocab_size, block_columns):
         weight = problem.weight_rows(columns)
+        width = weight.shape[0]
+        aligned = width if hidden.itemsize > 2 else width // ALIGNMENT * ALIGNMENT
+        spare = -width % ALIGNMENT if aligned < width else 0
+        padded = torch.nn.functional.pad(weight, (0, 0, 0, spare)) if spare else weight  # zero rows change no product
         if needs_weight:
             slice_grad = grad_weight[columns] if direct else hidden.new_empty(weight.shape, dtype=sums)
         for rows in row_blocks:
-            dz = workspace[: rows.stop - rows.start, : columns.stop - columns.start]
+            block = workspace[: rows.stop - rows.start, : width + spare]
+            dz = block[:, :width]
+            if spare:
+                block[:, width:] = 0
             fill(rows, columns, weight, dz, grad_bias[columns] if needs_bias else None)
             if needs_hidden:
-                add_matmul(grad_hidden[rows], dz, weight, first=columns.start == 0)
+                add_matmul(grad_hidden[rows], block, padded, first=columns.start == 0)
             if needs_weight:
-                add_matmul(slice_grad, dz.T, hidden[rows], first=rows.start == 0)
+                for part in (slice(0, aligned), slice(aligned, width)):
+                    add_matmul(slice_grad[part], dz.T[part], hidden[rows], first=rows.start == 0)
         if needs_weight and row_blocks and not direct:
             grad_weight[columns] = slice_grad
     bias_dtype = problem.hidden_dtype if problem.bias is None else problem.bias.dtype
@@ -57,6 +67,8 @@ def exact_backward(
 
 def add_matmul(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """out += a @ b (out = a @ b where first), with float32 accumulation; out may be wider than the operands."""
+    if out.numel() == 0:
+        return
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, beta=0 if first else 1, out=out)
     elif out.is_cuda:

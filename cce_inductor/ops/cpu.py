@@ -6,7 +6,7 @@ It serves the CPU, and on a GPU the dtypes that the Triton kernels don't cover (
 import torch
 from torch import Tensor
 
-from .blocks import exact_backward
+from .blocks import ALIGNMENT, exact_backward
 from .problem import MIB, Problem, spans
 
 BLOCK_ROWS = 512
@@ -22,7 +22,7 @@ def _block_shape(problem: Problem) -> tuple[int, int]:
         rows, size = BLOCK_ROWS, min(BLOCK_BYTES, problem.workspace_bytes)
     rows = max(1, min(problem.num_rows, rows))
     columns = size // problem.accumulate_dtype.itemsize // rows
-    return rows, max(1, min(problem.vocab_size, columns))
+    return rows, min(max(1, columns // ALIGNMENT) * ALIGNMENT, -(-problem.vocab_size // ALIGNMENT) * ALIGNMENT)
 
 
 def _preactivations(problem: Problem, hidden: Tensor, weight: Tensor, columns: slice) -> Tensor:
@@ -58,13 +58,13 @@ def _target_columns(problem: Problem, rows: slice, columns: slice) -> tuple[Tens
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """lse, picked and total, each [N]; the lse of all columns is the log-sum-exp of the slices'."""
+    """lse, picked and total, each [N], reduced from those of the vocabulary slices."""
     if not problem.hidden.is_cuda:
         _check_targets(problem)
     block_rows, block_columns = _block_shape(problem)
     slices = list(spans(problem.vocab_size, block_columns))
-    picked, total = problem.zeros(problem.num_rows), problem.zeros(problem.num_rows)
-    slice_lse = problem.zeros(len(slices), problem.num_rows)
+    picked = problem.zeros(problem.num_rows)
+    slice_lse, slice_total = (problem.zeros(len(slices), problem.num_rows) for _ in range(2))
     for number, columns in enumerate(slices):
         weight = problem.weight_rows(columns)
         for rows in spans(problem.num_rows, block_rows):
@@ -73,9 +73,9 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
                 index, inside = _target_columns(problem, rows, columns)
                 picked[rows] += torch.where(inside, x.gather(1, index), 0.0).squeeze(1)
             if problem.want_total:
-                total[rows] += _weighted_sum(problem, x, columns)
+                slice_total[number, rows] = _weighted_sum(problem, x, columns)
             slice_lse[number, rows] = _logsumexp_(x)
-    return torch.logsumexp(slice_lse, 0), picked, total
+    return torch.logsumexp(slice_lse, 0), picked, slice_total.sum(0)
 
 
 def _logsumexp_(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from ..kernels.config import tile_config
 from ..kernels.forward import forward_kernel
 from ..kernels.picked import picked_kernel
 from . import cpu
-from .blocks import exact_backward
+from .blocks import ALIGNMENT, exact_backward
 from .problem import Problem, spans
 
 COLUMN_MULTIPLE = 256  # vocabulary slices are multiples of the widest tile
@@ -136,7 +136,7 @@ def _block_shape(problem: Problem) -> tuple[int, int]:
     elements = problem.workspace_bytes // problem.compute_dtype.itemsize
     rows = max(1, min(problem.num_rows, elements // min(problem.vocab_size, NARROWEST_SLICE)))
     columns = max(1, elements // rows // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
-    return rows, min(columns, -(-problem.vocab_size // 8) * 8)
+    return rows, min(columns, -(-problem.vocab_size // ALIGNMENT) * ALIGNMENT)
 
 
 def _assert_targets(problem: Problem) -> None:
