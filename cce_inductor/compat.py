@@ -17,6 +17,7 @@ __all__ = [
     "FakeTensor",
     "artifact_logger",
     "cache_dir",
+    "constant_size",
     "detect_fake_mode",
     "get_hash_for_files",
     "inductor_backend",
@@ -57,6 +58,12 @@ def artifact_logger(name: str, description: str) -> logging.Logger:
 def statically_equal(a: Any, b: Any) -> bool:
     """Whether two sizes, int or SymInt, are equal whatever the inputs; installs no guard."""
     return statically_known_true(a == b)
+
+
+def constant_size(size: Any) -> Any:
+    """A size as an int where it is known to be the same whatever the inputs."""
+    value = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else None
+    return size if value is None else value
 
 
 def size_hint(size: Any) -> int | None:

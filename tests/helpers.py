@@ -281,8 +281,8 @@ def line_of(function: Callable, marker: str) -> str:
 def assert_like_eager(ours: Compiled, function: Callable, args: tuple) -> None:
     """Same shapes and dtypes, and no further from the float64 result than eager, but for rounding.
 
-    That is one rounding of the result and one of the inputs to the coarsest dtype of the program, and what float32
-    leaves of a softmax: a logit, a sum of D products, is wrong by up to D units of rounding, and so is exp of it.
+    That is as much as changes where the inputs change by a unit of rounding in the coarsest dtype of the program, or
+    by D units in float32, which is what a logit, a sum of D products, may be wrong by; and the same of the result.
     """
     _assert_close_runs(ours, function, args, max(torch.finfo(d).eps for graph in ours.before for d in graph.dtypes))
 
@@ -300,17 +300,18 @@ def assert_close_to_eager(ours: Callable, eager: Callable, args: tuple, rounding
 
 def _assert_close_runs(ours: Run, function: Callable, args: tuple, eps: float) -> None:
     eager, exact = run_eager(function, args), run_float64(function, args)
+    eps += D * 2**-23
     nearby = run_float64(function, tuple(_nudged(arg, eps) for arg in copy.deepcopy(args)))
     for name in ("outputs", "gradients"):
         results = (getattr(run, name) for run in (ours, eager, exact, nearby))
         for i, (mine, theirs, reference, near) in enumerate(zip(*results, strict=True)):
             assert (mine is None) == (theirs is None), f"{name}[{i}]: only one of the two is None"
             if theirs is not None:
-                _assert_close(f"{name}[{i}]", mine, theirs, reference, near, eps + D * 2**-23)
+                _assert_close(f"{name}[{i}]", mine, theirs, reference, near, eps)
 
 
 def _nudged(arg: Any, eps: float) -> Any:
-    """Inputs a unit of rounding away: each number up or down."""
+    """Inputs that differ by a share eps: each number up or down."""
     if isinstance(arg, torch.nn.Module):
         arg = arg.double()
         for parameter in arg.parameters():

@@ -160,7 +160,7 @@ def test_one_log_line_for_each_rewrite_and_refusal(caplog):
 
 
 def test_warnings_name_all_refusals_but_those_by_choice():
-    with pytest.warns(UserWarning) as warned:
+    with pytest.warns(UserWarning, match="left a loss as it was") as warned:
         publish(Report([], [REFUSAL, CHOICE, REFUSAL]), "warn")
     [warning] = warned
     assert str(warning.message).splitlines() == ["cce_inductor left a loss as it was:", str(REFUSAL), str(REFUSAL)]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..compat import FakeTensor, statically_equal
+from ..compat import FakeTensor, constant_size, statically_equal
 from ..logit_map import LogitMap
 from .effects import first_write
 from .logits import DeferredLogits, Replay
@@ -32,10 +32,10 @@ def start(node: Node, grad_modes: dict[Node, bool]) -> DeferredLogits | None:
     if operands is None or not all(type(tensor_of(r.source)) is FakeTensor for r in _flat(operands)):
         return None
     hidden, weight, biases = operands
-    shape, vocab_dim = tuple(output.shape), output.dim() - 1
+    shape, vocab_dim = tuple(map(constant_size, output.shape)), output.dim() - 1
     if operation(node) == "einsum":
         vocab_dim = _einsum_vocab_dim(*node.args)
-    width = tensor_of(hidden.source).shape[-1]
+    width = constant_size(tensor_of(hidden.source).shape[-1])
     return DeferredLogits(
         node,
         hidden,

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..compat import statically_equal
+from ..compat import constant_size, statically_equal
 from .logits import DeferredLogits, Refused
 from .registry import Call, operation, rule, tensor_of
 
@@ -47,7 +47,8 @@ def reshape(call: Call, x: DeferredLogits, *sizes: Any, **_: Any) -> DeferredLog
         raise Refused("the bits of the logits are viewed as another dtype")
     if operation(call.node) not in ("view", "reshape"):
         sizes = ()
-    return x.reshape(call.output.shape, _row_sizes(tuple(call.output.shape[:-1]), sizes))
+    shape = tuple(map(constant_size, call.output.shape))
+    return x.reshape(shape, _row_sizes(shape[:-1], sizes))
 
 
 def _row_sizes(shape: tuple, arguments: tuple) -> tuple | None:

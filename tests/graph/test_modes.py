@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from functorch.compile import make_boxed_func
 from helpers import (
+    EVERYTHING,
     B,
     D,
     S,
@@ -12,10 +13,12 @@ from helpers import (
     assert_like_eager,
     bias,
     check,
+    elements,
     hidden,
     labels,
     nodes_of,
     run_compiled,
+    tensors_of,
     weight,
 )
 from torch._dynamo.backends.common import aot_autograd
@@ -69,6 +72,24 @@ def test_training_takes_one_call_each_way():
     assert len(graphs.calls(vocab_reductions)) == 1
     [backward] = graphs.calls(vocab_reductions_backward)
     assert backward.kwargs["needs_grad"] == [True, True, False]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_no_tensor_of_the_size_of_the_logits_in_the_graphs_of_autograd(dynamic):
+    def program(h, w, b, t):
+        x = 3 * torch.tanh(F.linear(h, w, b)[:, :-1].float() / 3)
+        target = t[:, 1:].flatten()
+        return F.cross_entropy(x.flatten(0, 1), target, label_smoothing=0.1) + x.logsumexp(-1).square().mean()
+
+    largest = {}
+    for options in (EVERYTHING, Options()):
+        graphs = Graphs()
+        run_compiled(
+            program, hidden(), weight(), bias(), labels(), options=options, dynamic=dynamic, lower=graphs.lower
+        )
+        nodes = [node for module in (*graphs.forward, *graphs.backward) for node in nodes_of(module)]
+        largest[options] = max(elements(value) for node in nodes for value in tensors_of(node.meta.get("val")))
+    assert largest == {EVERYTHING: V * D, Options(): B * S * V}
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
