@@ -44,8 +44,10 @@ class Replay:
     def then(self, function: Callable, *args: Any) -> "Replay":
         return replace(self, steps=(*self.steps, Step(function, args)))
 
-    def reshaped(self, function: Callable, args: tuple[Any, ...] | None) -> "Replay":
-        return replace(self, steps=(*self.steps, Step(function, args, is_reshape=True)))
+    def reshaped(self, function: Callable, args: tuple[Any, ...] | None, absolute: bool = True) -> "Replay":
+        """absolute: to the same shape whatever the shape was, so reshapes right before don't matter."""
+        steps = self.flat().steps if absolute else self.steps
+        return replace(self, steps=(*steps, Step(function, args, is_reshape=True)))
 
     def flat(self) -> "Replay":
         """The same elements in the same order: without the reshapes at the end, for use where rows are flattened."""
@@ -143,10 +145,13 @@ class DeferredLogits:
         """One of the pieces that the rows were cut into."""
         return replace(self, hidden=pieces.then(operator.getitem, index), shape=tuple(shape), vocab_dim=vocab_dim)
 
-    def reshape(self, shape: Any, row_sizes: tuple[Any, ...] | None) -> "DeferredLogits":
+    def reshape(
+        self, shape: Any, row_sizes: tuple[Any, ...] | None, relative: tuple[Callable, tuple] | None = None
+    ) -> "DeferredLogits":
         """In another shape with the elements in the same order and the vocabulary last.
 
         row_sizes: the row sizes as arguments for torch.reshape; None where they can't be written down.
+        relative: then this call, with arguments, does the same to the rows of the hidden states.
         """
         shape = tuple(shape)
         if len(shape) == self.ndim and all(map(statically_equal, shape, self.shape)):
@@ -154,14 +159,20 @@ class DeferredLogits:
         last = self.vocab_dim == self.ndim - 1
         if not (last and shape and statically_equal(shape[-1], self.vocab_size)):
             raise Refused("it reshapes across the vocabulary dimension; keep that dimension whole, and last")
-        hidden = self.hidden.reshaped(*self._reshape_call(len(shape) - 1, row_sizes))
+        function, args = self._reshape_call(len(shape) - 1, row_sizes)
+        if args is None and relative is not None:
+            hidden = self.hidden.reshaped(*relative, absolute=False)
+        else:
+            hidden = self.hidden.reshaped(function, args)
         return replace(self, hidden=hidden, shape=shape, vocab_dim=len(shape) - 1)
 
     def _reshape_call(self, row_dims: int, row_sizes: tuple[Any, ...] | None) -> tuple[Callable, tuple | None]:
         """(function, arguments) that reshape the hidden states; the width may be a dynamic size without a node."""
+        width = self.width if isinstance(self.width, int) else -1
+        if row_dims == 1 and width != -1:
+            return torch.reshape, ((-1, width),)
         if row_dims == 1 and self.ndim > 1:
             return torch.flatten, (0, -2)
-        width = self.width if isinstance(self.width, int) else -1
         if row_sizes is None or (width == -1 and -1 in row_sizes):
             return torch.reshape, None
         return torch.reshape, ((*row_sizes, width),)

@@ -41,14 +41,17 @@ def detach(call: Call, x: DeferredLogits) -> DeferredLogits:
 
 
 @rule("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze")
-def reshape(call: Call, x: DeferredLogits, *sizes: Any, **_: Any) -> DeferredLogits:
+def reshape(call: Call, x: DeferredLogits, *args: Any, **named: Any) -> DeferredLogits:
     """Operations that keep all elements in order: described by the shape that comes out."""
     if call.output.dtype != x.dtype:
         raise Refused("the bits of the logits are viewed as another dtype")
-    if operation(call.node) not in ("view", "reshape"):
-        sizes = ()
-    shape = tuple(map(constant_size, call.output.shape))
-    return x.reshape(shape, _row_sizes(shape[:-1], sizes))
+    shape, name = tuple(map(constant_size, call.output.shape)), operation(call.node)
+    if name in ("view", "reshape"):
+        return x.reshape(shape, _row_sizes(shape[:-1], args))
+    relative = (
+        (getattr(torch, name), args) if args and not named else None
+    )  # hidden states have the same row dimensions
+    return x.reshape(shape, _row_sizes(shape[:-1], ()), relative)
 
 
 def _row_sizes(shape: tuple, arguments: tuple) -> tuple | None:

@@ -84,9 +84,8 @@ def test_no_tensor_of_the_size_of_the_logits_in_the_graphs_of_autograd(dynamic):
     largest = {}
     for options in (EVERYTHING, Options()):
         graphs = Graphs()
-        run_compiled(
-            program, hidden(), weight(), bias(), labels(), options=options, dynamic=dynamic, lower=graphs.lower
-        )
+        args = hidden(), torch.nn.Parameter(weight()), torch.nn.Parameter(bias()), labels()
+        run_compiled(program, *args, options=options, dynamic=dynamic, lower=graphs.lower)
         nodes = [node for module in (*graphs.forward, *graphs.backward) for node in nodes_of(module)]
         largest[options] = max(elements(value) for node in nodes for value in tensors_of(node.meta.get("val")))
     assert largest == {EVERYTHING: V * D, Options(): B * S * V}
@@ -312,6 +311,12 @@ DYNAMIC = {
     ),
     "narrow": lambda x, t: F.cross_entropy(x.narrow(1, 1, x.size(1) - 1).flatten(0, 1), t[:, 1:].flatten()),
     "transposed_rows": lambda x, t: F.cross_entropy(x.transpose(0, 1).flatten(0, 1), t.t().flatten()),
+    "flattened_in_two_steps": lambda x, t: F.cross_entropy(
+        x.unflatten(0, (2, -1)).flatten(0, 1)[:, None].flatten(0, 2), t.view(-1)
+    ),
+    "two_of_three_row_dimensions": lambda x, t: F.cross_entropy(
+        x.unsqueeze(2).flatten(1, 2).unsqueeze(0).flatten(0, 1).movedim(-1, 1), t, reduction="none"
+    ),
     "regrouped": lambda x, t: x.reshape(t.size(1), t.size(0), -1).logsumexp(-1).sum(0),
 }  # fmt: skip
 

@@ -7,7 +7,6 @@ too, and then one or several losses.
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_like_eager, run_compiled
@@ -233,11 +232,7 @@ def test_uncompiled(program):
     hold_against_eager(program)
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_with_inductor(seed):
-    @settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-    @given(programs())
-    def compiled(program):
-        hold_against_eager(program, lookup_backend("inductor"))
-
-    compiled()
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(programs())
+def test_with_inductor(program):
+    hold_against_eager(program, lookup_backend("inductor"))
