@@ -19,6 +19,8 @@ __all__ = [
     "cache_dir",
     "constant_size",
     "detect_fake_mode",
+    "fix",
+    "float_hint",
     "get_hash_for_files",
     "inductor_backend",
     "inductor_option_names",
@@ -58,6 +60,16 @@ def artifact_logger(name: str, description: str) -> logging.Logger:
 def statically_equal(a: Any, b: Any) -> bool:
     """Whether two sizes, int or SymInt, are equal whatever the inputs; installs no guard."""
     return statically_known_true(a == b)
+
+
+def float_hint(number: torch.SymFloat) -> float | None:
+    """The value of a dynamic float in the run that is being compiled; None where it is not known. No guard."""
+    return float(number.node.hint) if number.node.has_hint() else None
+
+
+def fix(number: torch.SymFloat) -> None:
+    """Guards the code that is being compiled: it is used again only where the number has the value of this run."""
+    float(number)
 
 
 def constant_size(size: Any) -> Any:

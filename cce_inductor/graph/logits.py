@@ -88,6 +88,7 @@ class DeferredLogits:
     vocab_dim: int
     width: Any  # D, int or SymInt
     normalized: bool = False
+    assumed: tuple[torch.SymFloat, ...] = ()  # the map holds their values in this run
 
     @property
     def ndim(self) -> int:
@@ -195,10 +196,19 @@ class DeferredLogits:
         slope = affine[0]
         return replace(self, biases=(*self.biases, bias if slope == 1 else bias.then(torch.div, slope)))
 
+    @property
+    def is_scalable(self) -> bool:
+        """Whether multiplying hidden states and biases by a number multiplies the logits by it."""
+        affine = self.logit_map.affine()
+        return not self.normalized and affine is not None and affine[1] == 0
+
+    def assume(self, number: torch.SymFloat) -> "DeferredLogits":
+        """With a map that takes a dynamic number for a constant."""
+        return replace(self, assumed=(*self.assumed, number))
+
     def scale(self, function: Callable, factor: Node) -> "DeferredLogits":
         """After multiplying or dividing by a scalar of the program: it moves to the hidden states and biases."""
-        affine = self.logit_map.affine()
-        if self.normalized or affine is None or affine[1] != 0:
+        if not self.is_scalable:
             raise Refused("a scalar tensor scales the logits after another map; scale first, or by a Python number")
         return replace(
             self,

@@ -7,6 +7,7 @@ import sympy
 import torch
 from torch.fx import Node
 
+from ..compat import float_hint
 from ..logit_map import constant, sigmoid
 from .logits import DeferredLogits, Refused
 from .matmuls import is_vocab_vector, vocab_vector
@@ -28,6 +29,15 @@ def _number(value: Any) -> sympy.Expr | None:
         return constant(value)
     except ValueError as error:
         raise Refused(str(error)) from error
+
+
+def _fixed(x: DeferredLogits, value: Any) -> tuple[DeferredLogits, Any]:
+    """A float that Dynamo took for an input, under dynamic=True, as the constant that it mostly is."""
+    symbol = value.meta.get("example_value") if isinstance(value, Node) else None
+    if not isinstance(symbol, torch.SymFloat):
+        return x, value
+    number = float_hint(symbol)
+    return (x, value) if number is None else (x.assume(symbol), number)
 
 
 def _is_scalar(value: Any) -> bool:
@@ -54,6 +64,8 @@ def div(call: Call, x: Any, divisor: Any, *, rounding_mode: None = None) -> Defe
 
 
 def _scaled(x: DeferredLogits, factor: Any, on_expressions: Any, on_tensors: Any) -> DeferredLogits:
+    if not x.is_scalable:
+        x, factor = _fixed(x, factor)
     number = _number(factor)
     if number is not None:
         return x.map(lambda z: on_expressions(z, number))
@@ -78,6 +90,7 @@ def sub(call: Call, x: Any, term: Any, *, alpha: Any = 1) -> DeferredLogits:
 def _added(x: DeferredLogits, term: Any, sign: int | None) -> DeferredLogits:
     if sign is None:
         raise Refused("a scaled tensor is added to the logits (alpha)")
+    x, term = _fixed(x, term)
     number = _number(term)
     if number is not None:
         return x.map(lambda z: z + sign * number)

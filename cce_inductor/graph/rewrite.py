@@ -9,7 +9,7 @@ import operator
 import torch
 from torch.fx import Node
 
-from ..compat import statically_equal
+from ..compat import fix, statically_equal
 from ..ops.library import vocab_reductions
 from ..options import Options
 from ..report import Rewrite
@@ -33,6 +33,8 @@ def rewrite(site: Site, options: Options) -> Rewrite:
         for node, replacement in replacements:
             _require_same(node, replacement)
         report = _describe(site, len(sweeps))
+        for number in (number for reduction in site.reductions for number in reduction.logits.assumed):
+            fix(number)
     except BaseException:
         emitter.undo()
         for node in order:  # some may have moved

@@ -3,7 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import V, bias, check, hidden, labels, weight
+from helpers import EVERYTHING, D, S, V, bias, check, hidden, labels, weight
+
+from cce_inductor.graph.driver import rewrite_module
 
 # map -> the expression that the report should show, None where only the result matters
 MAPS = {
@@ -101,6 +103,54 @@ def test_temperature_as_an_argument(temperature, dynamic):
         return F.cross_entropy((F.linear(h, w) / temperature).view(-1, V), t.view(-1))
 
     check(program, hidden(), weight(), labels(), temperature, dynamic=dynamic)
+
+
+class Capped(torch.nn.Module):
+    """Gemma 2: under dynamic=True its number becomes an input of the graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(D, V, bias=False)
+        self.cap = 5.0
+
+    def forward(self, h, t):
+        logits = self.cap * torch.tanh(self.head(h) / self.cap) + self.cap
+        return F.cross_entropy(logits.view(-1, V), t.view(-1))
+
+
+def test_numbers_of_a_model_are_constants_until_they_change():
+    reports = []
+
+    def backend(module, inputs):
+        reports.append(rewrite_module(module, EVERYTHING))
+        return module.forward
+
+    model = Capped()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend, dynamic=True)
+    for cap, batch, graphs in ((5.0, 2, 1), (5.0, 4, 1), (3.0, 4, 2), (3.0, 5, 2)):
+        model.cap = cap
+        h, t = hidden(batch, S, D), labels(batch, S)
+        assert torch.allclose(compiled(h, t), model(h, t), rtol=V * 2**-23)
+        assert len(reports) == graphs
+    assert all(len(report.rewritten) == 1 for report in reports)
+
+
+def test_numbers_of_a_program_that_is_not_rewritten_stay_dynamic():
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(rewrite_module(module, EVERYTHING))
+        return module.forward
+
+    def program(h, w, number):
+        return torch.tanh(F.linear(h, w)) * number
+
+    torch._dynamo.reset()
+    compiled = torch.compile(program, backend=backend, dynamic=True)
+    for number in (0.5, 1.5, 2.5):
+        compiled(hidden(), weight(), number)
+    assert len(graphs) == 1
 
 
 def test_scale_by_a_dynamic_size():
