@@ -20,6 +20,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     logit_map: str = "z",
+    approximate_mass: float = 0.0,
 ) -> Tensor:
     """`cross_entropy(f(linear(input, linear_weight, linear_bias)), target, ...)` without storing the logits.
 
@@ -37,6 +38,8 @@ def linear_cross_entropy(
     logit_map: a pointwise function of a logit z, for example "30.0*tanh(z/30.0)"; numbers, z, + - * / ** and tanh,
         sigmoid, exp.
 
+    approximate_mass: the option of that name (`Options`): 0 for exact gradients.
+
     Returns the loss, in the dtype of `input`: a scalar, or [...] for reduction "none". Raises what eager PyTorch raises
     for wrong shapes, dtypes, devices and (on a CPU) targets, ValueError for a wrong reduction, smoothing or map.
     Source: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", arXiv 2411.09009.
@@ -52,7 +55,7 @@ def linear_cross_entropy(
     device = input.device.type
     compute_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
     smooth = label_smoothing > 0
-    lse, picked, total = vocab_reductions(
+    lse, picked, total, _ = vocab_reductions(
         input.reshape(-1, input.shape[-1]),
         linear_weight,
         linear_bias,
@@ -63,6 +66,7 @@ def linear_cross_entropy(
         ignore_index=ignore_index,
         compute_dtype=compute_dtype,
         workspace_mib=Options().workspace_mib,
+        approximate_mass=approximate_mass,
     )
     loss = losses.cross_entropy(
         lse,

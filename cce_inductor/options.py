@@ -20,6 +20,9 @@ class Options:
     min_logits_bytes: the least memory, in bytes, that the logits would have to take, in the dtype that enters the
         loss. 0 rewrites every problem.
     workspace_mib: scratch memory of the backward in MiB. More makes it faster up to a point.
+    approximate_mass: how much of each row's probability mass the backward may approximate, from 0 (exact gradients)
+        to below 1. On a GPU, in bfloat16 and float16, it then skips the tiles of the softmax that matter least and
+        puts their mass back as rows spread it on average. Faster the more peaked the softmax is.
     on_refusal: what to do where a loss is found and can't be rewritten: "log" it, "warn" as well, or "raise"
         `RefusedError`. What is merely too small, or returns logits where no gradients are recorded, is only logged.
     """
@@ -29,6 +32,7 @@ class Options:
     min_logits_bytes: int = 16 << 20
     workspace_mib: int = 256
     on_refusal: OnRefusal = "log"
+    approximate_mass: float = 0.0
 
     def __post_init__(self) -> None:
         """Raises TypeError or ValueError, naming the option, for a value that can't be used."""
@@ -40,6 +44,10 @@ class Options:
                 raise TypeError(f"option {name} must be an int, got {value!r}")
             if value < least:
                 raise ValueError(f"option {name} must be at least {least}, got {value}")
+        if isinstance(self.approximate_mass, bool) or not isinstance(self.approximate_mass, int | float):
+            raise TypeError(f"option approximate_mass must be a number, got {self.approximate_mass!r}")
+        if not 0 <= self.approximate_mass < 1:
+            raise ValueError(f"option approximate_mass must be in [0, 1), got {self.approximate_mass}")
         if self.on_refusal not in get_args(OnRefusal):
             raise ValueError(f"option on_refusal must be one of {get_args(OnRefusal)}, got {self.on_refusal!r}")
 

@@ -253,9 +253,7 @@ def first_step_with_reports(step) -> tuple[float, int]:
 def run_in_fresh_process(method: str, scratch: Path) -> Result:
     command = [sys.executable, __file__, *sys.argv[1:], "--run", method, "--scratch", str(scratch)]
     caches = {f"{tool}_CACHE_DIR": str(scratch / f"{method}-{tool}") for tool in ("TORCHINDUCTOR", "TRITON")}
-    environment = (
-        caches | os.environ
-    )  # a cache that the user has set wins, at the price of a true compile time
+    environment = caches | os.environ  # a cache that the user has set wins, at the price of a true compile time
     if subprocess.run(command, env=environment).returncode != 0:
         sys.exit(f"the run of {method!r} failed: see above")
     return Result(**json.loads((scratch / f"{method}.json").read_text()))

@@ -70,6 +70,7 @@ def _emit(sweep: Sweep, site: Site, emitter: Emitter, options: Options) -> list[
             ignore_index=sweep.find("ignore_index"),
             compute_dtype=logits.compute_dtype,
             workspace_mib=options.workspace_mib,
+            approximate_mass=float(options.approximate_mass),
         )
         lse, picked, total = (emitter.proxy(emitter.call(operator.getitem, outputs, i)) for i in range(3))
     pairs = []

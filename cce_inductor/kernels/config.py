@@ -27,3 +27,24 @@ def tile_config(capability: tuple[int, int] | None, backward: bool) -> TileConfi
     if capability < (9, 0):
         return AMPERE
     return HOPPER_BACKWARD if backward else HOPPER
+
+
+@dataclass(frozen=True)
+class ProductConfig:
+    """How the sparse backward cuts the gradients that its blocks are multiplied to."""
+
+    weight_depth: int  # columns of a block of the weight's gradient, which has the rows of a tile's columns
+    hidden_depth: int  # columns of a block of the hidden states' gradient, which has the rows of a tile
+    step: int  # of the inner product
+
+
+INTERPRETER_PRODUCT = ProductConfig(16, 16, 8)
+HOPPER_PRODUCT = ProductConfig(128, 256, 64)
+AMPERE_PRODUCT = ProductConfig(128, 128, 32)
+
+
+def product_config(capability: tuple[int, int] | None) -> ProductConfig:
+    """The configuration of the sparse backward's products, by compute capability; None is the interpreter."""
+    if capability is None:
+        return INTERPRETER_PRODUCT
+    return HOPPER_PRODUCT if capability >= (9, 0) else AMPERE_PRODUCT

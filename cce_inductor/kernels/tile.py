@@ -35,9 +35,7 @@ def position_in_tile(targets, first_column, ignore_index, HAS_IGNORE_INDEX: tl.c
 
 
 @triton.jit
-def _load_block(
-    pointer, row, depth, num_rows, num_depth, stride_row, stride_depth, ROWS: tl.constexpr, K: tl.constexpr
-):
+def load_block(pointer, row, depth, num_rows, num_depth, stride_row, stride_depth, ROWS: tl.constexpr, K: tl.constexpr):
     """A [ROWS, K] block by pointers, zero outside the array. Offsets are 64-bit: rows * stride can pass 2**31."""
     rows = row + tl.arange(0, ROWS)
     depths = depth + tl.arange(0, K)
@@ -73,8 +71,8 @@ def preactivations(
             h = hidden.load([row, depth])
             w = weight.load([column, depth])
         else:
-            h = _load_block(hidden, row, depth, num_rows, width, stride_hn, stride_hd, BLOCK_N, BLOCK_D)
-            w = _load_block(weight, column, depth, num_columns, width, stride_wv, stride_wd, BLOCK_V, BLOCK_D)
+            h = load_block(hidden, row, depth, num_rows, width, stride_hn, stride_hd, BLOCK_N, BLOCK_D)
+            w = load_block(weight, column, depth, num_columns, width, stride_wv, stride_wd, BLOCK_V, BLOCK_D)
         z = tl.dot(h, w.T, z, input_precision="ieee")
     if HAS_BIAS:
         columns = column + tl.arange(0, BLOCK_V)

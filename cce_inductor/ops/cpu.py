@@ -57,8 +57,8 @@ def _target_columns(problem: Problem, rows: slice, columns: slice) -> tuple[Tens
     return torch.where(inside, target - columns.start, 0).unsqueeze(1), inside.unsqueeze(1)
 
 
-def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """lse, picked and total, each [N], reduced from those of the vocabulary slices."""
+def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """lse, picked and total, each [N], reduced from those of the vocabulary slices; and an empty tile_lse."""
     if not problem.hidden.is_cuda:
         _check_targets(problem)
     block_rows, block_columns = _block_shape(problem)
@@ -75,7 +75,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
             if problem.want_total:
                 slice_total[number, rows] = _weighted_sum(problem, x, columns)
             slice_lse[number, rows] = _logsumexp_(x)
-    return torch.logsumexp(slice_lse, 0), picked, slice_total.sum(0)
+    return torch.logsumexp(slice_lse, 0), picked, slice_total.sum(0), problem.tile_lse(0)
 
 
 def _logsumexp_(x: Tensor) -> Tensor:
@@ -90,9 +90,9 @@ def _weighted_sum(problem: Problem, x: Tensor, columns: slice) -> Tensor:
 
 
 def backward(
-    problem: Problem, lse: Tensor, grads: list[Tensor], needs_grad: list[bool]
+    problem: Problem, lse: Tensor, tile_lse: Tensor, grads: list[Tensor], needs_grad: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias for the gradients [lse, picked, total] of the results."""
+    """Gradients of hidden, weight and bias for the gradients [lse, picked, total] of the results; always exact."""
     grad_lse, grad_picked, grad_total = (g.unsqueeze(1) for g in grads)
 
     def fill(rows: slice, columns: slice, weight: Tensor, dz: Tensor, grad_bias: Tensor | None) -> None:

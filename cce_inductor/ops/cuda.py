@@ -1,6 +1,5 @@
 """The operators on a GPU: Triton kernels for the logits, cuBLAS for the plain matmuls of the backward."""
 
-import functools
 from typing import Any
 
 import torch
@@ -13,8 +12,9 @@ from ..kernels.backward import gradient_kernel
 from ..kernels.config import tile_config
 from ..kernels.forward import forward_kernel
 from ..kernels.picked import picked_kernel
-from . import cpu
+from . import cpu, sparse
 from .blocks import ALIGNMENT, exact_backward
+from .launch import can_use_tma, describable, device_properties, interpretable
 from .problem import Problem, spans
 
 COLUMN_MULTIPLE = 256  # vocabulary slices are multiples of the widest tile
@@ -32,14 +32,25 @@ def supported(problem: Problem) -> bool:
     return problem.compute_dtype in dtypes and min(problem.num_rows, problem.vocab_size, problem.width) > 0
 
 
-def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """lse, picked and total, each [N] in float32."""
+def kept_tiles(
+    device: torch.device, vocab_size: int, compute_dtype: torch.dtype, want_total: bool, approximate_mass: float
+) -> int:
+    """How many tiles' log-sum-exps the forward keeps for the backward; none unless that may be sparse."""
+    if device.type != "cuda" or compute_dtype.itemsize != 2 or want_total or approximate_mass == 0:
+        return 0
+    return -(-vocab_size // tile_config(device_properties(device)[0], backward=False).block_v)
+
+
+def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """lse, picked and total, each [N] in float32, and tile_lse [tiles, N] for a sparse backward, else [0, N]."""
+    device, dtype = problem.hidden.device, problem.compute_dtype
+    kept = kept_tiles(device, problem.vocab_size, dtype, problem.want_total, problem.approximate_mass)
     if not supported(problem):
         _assert_targets(problem)
-        return cpu.forward(problem)
+        return *cpu.forward(problem)[:3], problem.tile_lse(kept)
     launch = Launch(problem, backward=False)
     tiles = -(-problem.vocab_size // launch.config.block_v)
-    tile_lse = torch.empty(tiles, problem.num_rows, dtype=torch.float32, device=problem.hidden.device)
+    tile_lse = problem.tile_lse(tiles)
     tile_total = torch.empty_like(tile_lse) if problem.want_total else None
     for columns in _forward_slices(problem):
         launch(
@@ -54,7 +65,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
         )
     lse = torch.logsumexp(tile_lse, 0)
     total = torch.zeros_like(lse) if tile_total is None else tile_total.sum(0)
-    return lse, _picked(problem, lse), total
+    return lse, _picked(problem, lse), total, tile_lse if kept else problem.tile_lse(0)
 
 
 def _picked(problem: Problem, lse: Tensor) -> Tensor:
@@ -85,11 +96,13 @@ def _picked(problem: Problem, lse: Tensor) -> Tensor:
 
 
 def backward(
-    problem: Problem, lse: Tensor, grads: list[Tensor], needs_grad: list[bool]
+    problem: Problem, lse: Tensor, tile_lse: Tensor, grads: list[Tensor], needs_grad: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias for the gradients [lse, picked, total] of the results."""
     if not supported(problem):
-        return cpu.backward(problem, lse, grads, needs_grad)
+        return cpu.backward(problem, lse, tile_lse, grads, needs_grad)
+    if len(tile_lse) > 0 and sparse.worthwhile(problem, needs_grad):
+        return sparse.backward(problem, lse, tile_lse, grads, needs_grad)
     launch = Launch(problem, backward=True)
     value_and_slope = template.load(problem.logit_map).value_and_slope
 
@@ -150,26 +163,14 @@ def _assert_targets(problem: Problem) -> None:
         )
 
 
-@functools.lru_cache
-def _device_properties(device: torch.device) -> tuple[tuple[int, int] | None, int]:
-    """(compute capability, multiprocessors); on the CPU Triton's interpreter runs the kernels: None and a few."""
-    if device.type == "cpu":
-        return None, 4
-    properties = torch.cuda.get_device_properties(device)
-    return (properties.major, properties.minor), properties.multi_processor_count
-
-
 class Launch:
     """What the kernels of one call have in common: operands ready to be loaded, tile shapes, grid."""
 
     def __init__(self, problem: Problem, backward: bool) -> None:
         self.problem = problem
-        capability, self.processors = _device_properties(problem.hidden.device)
+        capability, self.processors = device_properties(problem.hidden.device)
         self.config = tile_config(capability, backward)
-        self.tma = capability is None or capability >= (9, 0)
-        # the interpreter would multiply bfloat16 as if it were integers
-        self.widen = capability is None and problem.compute_dtype == torch.bfloat16
-        self.hidden = problem.hidden if _describable(problem.hidden) else problem.hidden.contiguous()
+        self.hidden = problem.hidden if describable(problem.hidden) else problem.hidden.contiguous()
 
     def row_blocks(self, rows: slice) -> int:
         """How many tiles lie under each other in these rows."""
@@ -186,12 +187,10 @@ class Launch:
     ) -> None:
         """Runs a kernel over the tiles of a block of the logits; `weight` holds its columns, dz takes its result."""
         problem, config = self.problem, self.config
-        hidden = self.hidden[rows]
-        if self.widen:
-            hidden, weight = hidden.float(), weight.float()
+        hidden, weight = interpretable(self.hidden[rows]), interpretable(weight)
         tiles = self.row_blocks(rows) * -(-weight.shape[0] // config.block_v)
         programs = min(tiles, self.processors)
-        tma = self.tma and _describable(hidden) and _describable(weight)
+        tma = can_use_tma(hidden, weight)
         n, v, d = config.block_n, config.block_v, config.block_d
         if dz is not None:
             arguments["dz"] = TensorDescriptor.from_tensor(dz, [n, v]) if tma else dz
@@ -220,13 +219,3 @@ class Launch:
             num_stages=config.num_stages,
             **arguments,
         )
-
-
-def _describable(tensor: Tensor) -> bool:
-    """TMA needs contiguous rows that start at multiples of 16 bytes."""
-    return (
-        tensor.stride(1) == 1
-        and tensor.stride(0) * tensor.element_size() % 16 == 0
-        and tensor.stride(0) >= tensor.shape[1]
-        and tensor.data_ptr() % 16 == 0
-    )

@@ -1,12 +1,14 @@
 """The operators as PyTorch knows them: schema, shapes, gradients and FLOP counts.
 
     cce_inductor::vocab_reductions(hidden [N, D], weight [V, D], bias [V]?, target [N]?, total_weight [V]?, ...)
-        -> lse [N], picked [N], total [N]
+        -> lse [N], picked [N], total [N], tile_lse [tiles, N]
 
 `reference.py` says what is computed. `logit_map` is the text of a `LogitMap`. `compute_dtype` is what the operands of
 the matmuls are cast to (autocast: a float32 parameter with bfloat16 arithmetic), while gradients come back in each
 input's own dtype. `want_total` asks for the third result, which is zero otherwise. `workspace_mib` bounds the scratch
-memory of the backward. In a row with a nan or +inf logit lse is nan, as the log-softmax of such a row is.
+memory of the backward. `approximate_mass` is how much of each row's probability the backward may approximate, 0 for
+exact gradients. `tile_lse` is what the forward hands to an approximate backward, where there is one, else empty. In a
+row with a nan or +inf logit lse is nan, as the log-softmax of such a row is.
 """
 
 import contextlib
@@ -27,14 +29,14 @@ NAMESPACE = "cce_inductor"
 _library = torch.library.Library(NAMESPACE, "DEF")
 _library.define(
     "vocab_reductions(Tensor hidden, Tensor weight, Tensor? bias, Tensor? target, Tensor? total_weight, *, "
-    "str logit_map, bool want_total, int? ignore_index, ScalarType compute_dtype, int workspace_mib) "
-    "-> (Tensor lse, Tensor picked, Tensor total)"
+    "str logit_map, bool want_total, int? ignore_index, ScalarType compute_dtype, int workspace_mib, "
+    "float approximate_mass=0.0) -> (Tensor lse, Tensor picked, Tensor total, Tensor tile_lse)"
 )
 _library.define(
-    "vocab_reductions_backward(Tensor grad_lse, Tensor grad_picked, Tensor grad_total, Tensor lse, Tensor hidden, "
-    "Tensor weight, Tensor? bias, Tensor? target, Tensor? total_weight, *, str logit_map, bool want_total, "
-    "int? ignore_index, ScalarType compute_dtype, int workspace_mib, bool[] needs_grad) "
-    "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
+    "vocab_reductions_backward(Tensor grad_lse, Tensor grad_picked, Tensor grad_total, Tensor lse, "
+    "Tensor tile_lse, Tensor hidden, Tensor weight, Tensor? bias, Tensor? target, Tensor? total_weight, *, "
+    "str logit_map, bool want_total, int? ignore_index, ScalarType compute_dtype, int workspace_mib, "
+    "bool[] needs_grad, float approximate_mass=0.0) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
 )
 
 
@@ -45,7 +47,7 @@ def _plain_context(tensor: Tensor) -> Iterator[None]:
         yield
 
 
-def _forward(implementation: Any, hidden: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(implementation: Any, hidden: Tensor, *args: Any, **options: Any) -> tuple[Tensor, ...]:
     with _plain_context(hidden):
         return implementation.forward(Problem.of(hidden, *args, **options))
 
@@ -56,6 +58,7 @@ def _backward(
     grad_picked: Tensor,
     grad_total: Tensor,
     lse: Tensor,
+    tile_lse: Tensor,
     hidden: Tensor,
     *args: Any,
     needs_grad: list[bool],
@@ -63,7 +66,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     lse, *grads = (vector.contiguous() for vector in (lse, grad_lse, grad_picked, grad_total))
     with _plain_context(hidden):
-        return implementation.backward(Problem.of(hidden, *args, **options), lse, grads, needs_grad)
+        return implementation.backward(Problem.of(hidden, *args, **options), lse, tile_lse, grads, needs_grad)
 
 
 for _key, _implementation in (("CPU", cpu), ("CUDA", cuda)):
@@ -84,12 +87,15 @@ def _forward_fake(
     *,
     compute_dtype: torch.dtype,
     logit_map: str,
+    want_total: bool,
+    approximate_mass: float = 0.0,
     **_: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check(hidden, weight, bias, target, total_weight, compute_dtype)
     LogitMap.parse(logit_map)
+    tiles = cuda.kept_tiles(hidden.device, weight.shape[0], compute_dtype, want_total, approximate_mass)
     lse, picked, total = (hidden.new_empty((hidden.shape[0],), dtype=accumulate_dtype(compute_dtype)) for _ in range(3))
-    return lse, picked, total
+    return lse, picked, total, hidden.new_empty((tiles, hidden.shape[0]), dtype=torch.float32)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::vocab_reductions_backward", lib=_library)
@@ -98,6 +104,7 @@ def _backward_fake(
     grad_picked: Tensor,
     grad_total: Tensor,
     lse: Tensor,
+    tile_lse: Tensor,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -113,11 +120,13 @@ def _backward_fake(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: tuple) -> None:
-    ctx.save_for_backward(output[0], *inputs)
+    lse, _, _, tile_lse = output
+    ctx.mark_non_differentiable(tile_lse)
+    ctx.save_for_backward(lse, tile_lse, *inputs)
     ctx.options = keyword_only_inputs
 
 
-def _gradients(ctx: Any, grad_lse: Tensor, grad_picked: Tensor, grad_total: Tensor) -> tuple:
+def _gradients(ctx: Any, grad_lse: Tensor, grad_picked: Tensor, grad_total: Tensor, _: Tensor) -> tuple:
     needs_grad = list(ctx.needs_input_grad[:3])
     grads = vocab_reductions_backward(
         grad_lse, grad_picked, grad_total, *ctx.saved_tensors, **ctx.options, needs_grad=needs_grad
@@ -152,6 +161,7 @@ def _backward_flops(
     grad_picked: torch.Size,
     grad_total: torch.Size,
     lse: torch.Size,
+    tile_lse: torch.Size,
     hidden: torch.Size,
     weight: torch.Size,
     *_: Any,

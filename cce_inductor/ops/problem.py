@@ -29,6 +29,7 @@ class Problem:
     want_total: bool
     ignore_index: int | None
     workspace_bytes: int
+    approximate_mass: float = 0.0  # of a row, in the backward
 
     @classmethod
     def of(
@@ -44,6 +45,7 @@ class Problem:
         ignore_index: int | None,
         compute_dtype: torch.dtype,
         workspace_mib: int,
+        approximate_mass: float = 0.0,
     ) -> "Problem":
         """Checks the operands as the schema gives them; the errors are of the kinds that eager PyTorch raises."""
         check(hidden, weight, bias, target, total_weight, compute_dtype)
@@ -58,6 +60,7 @@ class Problem:
             want_total=want_total,
             ignore_index=ignore_index,
             workspace_bytes=workspace_mib * MIB,
+            approximate_mass=approximate_mass,
         )
 
     @property
@@ -84,6 +87,10 @@ class Problem:
     def weight_rows(self, columns: slice) -> Tensor:
         """The classifier weight of a slice of the vocabulary, in the dtype of the matmuls."""
         return self.weight[columns].to(self.compute_dtype)
+
+    def tile_lse(self, tiles: int) -> Tensor:
+        """Room for a log-sum-exp of each vocabulary tile and row: [tiles, N], float32."""
+        return self.hidden.new_empty((tiles, self.num_rows), dtype=torch.float32)
 
     def zeros(self, *shape: int) -> Tensor:
         """Where sums begin."""

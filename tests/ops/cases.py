@@ -96,9 +96,9 @@ class Case:
 def ours(case, implementation, **changes):
     """The six results of an implementation, `cpu` or `cuda`; None where there is nothing to give."""
     problem = case.problem(**changes)
-    results = implementation.forward(problem)
+    *results, tile_lse = implementation.forward(problem)
     needs_grad = [True, True, case.bias]
-    gradients = implementation.backward(problem, results[0], [g.contiguous() for g in case.grads], needs_grad)
+    gradients = implementation.backward(problem, results[0], tile_lse, [g.contiguous() for g in case.grads], needs_grad)
     return [*results, *gradients[: 2 + case.bias]]
 
 

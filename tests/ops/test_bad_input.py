@@ -85,7 +85,7 @@ def test_with_no_valid_token_the_loss_and_gradients_are_eagers(reduction, rows):
     case = cases.Case(rows, 20, 4, bias=False, total=False)
     case.targets = torch.full((rows,), -100)
     hidden, weight = (t.clone().requires_grad_() for t in case.tensors[:2])
-    lse, picked, _ = vocab_reductions(hidden, weight, *case.tensors[2:], **case.options)
+    lse, picked, *_ = vocab_reductions(hidden, weight, *case.tensors[2:], **case.options)
     ours = losses.cross_entropy(lse, picked, None, case.targets, 20, reduction=reduction)
     logits = F.linear(hidden, weight)
     eager = F.cross_entropy(logits, case.targets, reduction=reduction)
@@ -103,7 +103,7 @@ def test_the_loss_of_non_finite_operands_is_as_non_finite_as_eagers(index, value
     for where in (case.hidden, case.weight):
         saved = where[index].clone()
         where[index] = value
-        lse, picked, _ = vocab_reductions(*case.tensors, **case.options)
+        lse, picked, *_ = vocab_reductions(*case.tensors, **case.options)
         ours = losses.cross_entropy(lse, picked, None, case.targets, 20, reduction="none")
         eager = F.cross_entropy(F.linear(*case.tensors[:3]), case.targets, reduction="none")
         assert torch.equal(ours.isfinite(), eager.isfinite())

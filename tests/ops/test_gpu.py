@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cce_inductor.ops import cuda
+from cce_inductor.ops import cuda, sparse
 from cce_inductor.ops.library import vocab_reductions
 from cce_inductor.ops.problem import MIB
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.gpu
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 
-def plain(hidden, weight, target, workspace_mib=256):
+def plain(hidden, weight, target, workspace_mib=256, approximate_mass=0.0):
     """lse and picked of a plain cross-entropy."""
     return vocab_reductions(
         hidden,
@@ -27,7 +27,15 @@ def plain(hidden, weight, target, workspace_mib=256):
         ignore_index=-100,
         compute_dtype=hidden.dtype,
         workspace_mib=workspace_mib,
+        approximate_mass=approximate_mass,
     )[:2]
+
+
+@pytest.fixture(params=[0.0, 2**-3], ids=["exact", "approximate"])
+def mass(request, monkeypatch):
+    """The approximate_mass of a test that small problems take part in."""
+    monkeypatch.setattr(sparse, "LEAST_FLOPS", 0)
+    return request.param
 
 
 def random(*shape, dtype=BF16, scale=1.0):
@@ -66,12 +74,30 @@ def test_results_are_no_worse_than_eagers(case, precision):
     cases.assert_no_worse(results, references, eagers, allowances)
 
 
-def test_gradients_are_the_same_bits_every_run():
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"rows": 1000, "vocab": 5003, "width": 128, "dtype": BF16},
+        {"rows": 1000, "vocab": 5003, "width": 129, "dtype": BF16, "strides": "sliced"},
+        {"rows": 300, "vocab": 3000, "width": 256, "dtype": FP16, "logit_map": "30.0*tanh(z/30.0)"},
+        {"rows": 300, "vocab": 3000, "width": 256, "dtype": FP32, "compute_dtype": BF16},
+        {"rows": 1, "vocab": 1, "width": 1, "dtype": BF16},
+    ],
+    ids=str,
+)
+def test_gradients_that_approximate_next_to_nothing_are_no_worse_than_eagers(case, monkeypatch):
+    monkeypatch.setattr(sparse, "LEAST_FLOPS", 0)
+    case = cases.Case(**case, bias=False, total=False, class_weight=False, device="cuda")
+    results = cases.ours(case, cuda, workspace_bytes=MIB, approximate_mass=2**-20)
+    cases.assert_no_worse(results, cases.exact(case), cases.eager(case), cases.uncertainty(case))
+
+
+def test_gradients_are_the_same_bits_every_run(mass):
     hidden, weight = random(3000, 512).requires_grad_(), random(20001, 512).requires_grad_()
     target = torch.randint(0, 20001, (3000,), device="cuda")
 
     def gradients():
-        lse, picked = plain(hidden, weight, target, workspace_mib=16)
+        lse, picked = plain(hidden, weight, target, 16, mass)
         return torch.autograd.grad((lse - picked).mean(), (hidden, weight))
 
     first = gradients()
@@ -79,23 +105,23 @@ def test_gradients_are_the_same_bits_every_run():
         assert all(map(torch.equal, gradients(), first))
 
 
-def test_nothing_waits_for_the_gpu():
+def test_nothing_waits_for_the_gpu(mass):
     hidden, weight = random(300, 64).requires_grad_(), random(1000, 64).requires_grad_()
     target = torch.randint(0, 1000, (300,), device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        lse, picked = plain(hidden, weight, target)
+        lse, picked = plain(hidden, weight, target, approximate_mass=mass)
         (lse - picked).mean().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_it_can_be_captured_into_a_cuda_graph():
+def test_it_can_be_captured_into_a_cuda_graph(mass):
     hidden, weight = random(300, 64).requires_grad_(), random(1000, 64).requires_grad_()
     target = torch.randint(0, 1000, (300,), device="cuda")
 
     def step():
-        lse, picked = plain(hidden, weight, target)
+        lse, picked = plain(hidden, weight, target, approximate_mass=mass)
         return torch.autograd.grad((lse - picked).mean(), (hidden, weight))
 
     expected = step()

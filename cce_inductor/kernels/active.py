@@ -1,0 +1,65 @@
+"""Which (row, vocabulary tile) pairs matter: all but the lightest tiles of a row, up to a budget of its probability.
+
+    mass[j, n]   = sum over v in tile j of p[n, v] = exp(tile_lse[j, n] - lse[n])
+    active[j, n] = mass[j, n] >= t[n],   t[n] the largest with   sum over j of mass[j, n] [mass[j, n] < t[n]] <= budget
+
+The tile of the target is always active, and no tile is where the row has no gradient. A row that is spread evenly
+skips nearly nothing, so an untrained model stays exact by itself.
+"""
+
+import triton
+import triton.language as tl
+
+from .pointwise import exp
+
+SMALLEST_LOG2 = tl.constexpr(-40.0)  # lighter tiles than 2**-40 are all the same
+BISECTIONS = tl.constexpr(12)  # they find the threshold to a factor of 2**(40 / 2**12)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_tiles", "ignore_index"])
+def active_kernel(
+    tile_lse,  # [tiles, N]
+    lse,  # [N]
+    grad_lse,  # [N]
+    grad_picked,  # [N]
+    target,  # [N]
+    active,  # [tiles, N], bool
+    num_rows,
+    num_tiles,
+    ignore_index,
+    budget,
+    HAS_TARGET: tl.constexpr,
+    HAS_IGNORE_INDEX: tl.constexpr,
+    TILE_WIDTH: tl.constexpr,  # columns of a tile
+    TILES: tl.constexpr,  # a power of two, at least num_tiles
+    ROWS: tl.constexpr,
+):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    tiles = tl.arange(0, TILES)
+    row_mask = rows < num_rows
+    mask = (tiles < num_tiles)[:, None] & row_mask[None, :]
+    offsets = tiles[:, None].to(tl.int64) * num_rows + rows[None, :]
+    row_lse = tl.load(lse + rows, mask=row_mask, other=0.0)
+    mass = exp(tl.load(tile_lse + offsets, mask=mask, other=-float("inf")) - row_lse[None, :])
+
+    low = tl.full((ROWS,), SMALLEST_LOG2, dtype=tl.float32)
+    high = tl.zeros((ROWS,), dtype=tl.float32)
+    for _ in range(BISECTIONS):
+        middle = 0.5 * (low + high)
+        skipped = tl.sum(tl.where(mass < tl.exp2(middle)[None, :], mass, 0.0), 0)
+        fits = skipped <= budget
+        low = tl.where(fits, middle, low)
+        high = tl.where(fits, high, middle)
+    selected = mass >= tl.exp2(low)[None, :]
+
+    has_gradient = tl.load(grad_lse + rows, mask=row_mask, other=0.0) != 0.0
+    selected = selected & has_gradient[None, :]
+    if HAS_TARGET:
+        targets = tl.load(target + rows, mask=row_mask, other=0)
+        counts = tl.load(grad_picked + rows, mask=row_mask, other=0.0) != 0.0
+        if HAS_IGNORE_INDEX:
+            counts = counts & (targets != ignore_index)
+        selected = selected | (counts[None, :] & (tiles[:, None] == (targets // TILE_WIDTH)[None, :]))
+    # a row that is not a number must show in the gradients
+    selected = selected | (row_lse != row_lse)[None, :]
+    tl.store(active + offsets, selected, mask=mask)

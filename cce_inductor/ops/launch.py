@@ -1,0 +1,36 @@
+"""What a launch depends on beside its problem: the device, and how its operands can be loaded."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+
+@functools.lru_cache
+def device_properties(device: torch.device) -> tuple[tuple[int, int] | None, int]:
+    """(compute capability, multiprocessors); on the CPU Triton's interpreter runs the kernels: None and a few."""
+    if device.type == "cpu":
+        return None, 4
+    properties = torch.cuda.get_device_properties(device)
+    return (properties.major, properties.minor), properties.multi_processor_count
+
+
+def interpretable(tensor: Tensor) -> Tensor:
+    """The tensor as Triton's interpreter can multiply it: bfloat16 it takes for integers."""
+    return tensor.float() if tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" else tensor
+
+
+def can_use_tma(*tensors: Tensor) -> bool:
+    """Whether the device has a tensor memory accelerator and its descriptors can describe the tensors."""
+    capability, _ = device_properties(tensors[0].device)
+    return (capability is None or capability >= (9, 0)) and all(map(describable, tensors))
+
+
+def describable(tensor: Tensor) -> bool:
+    """TMA needs contiguous rows that start at multiples of 16 bytes."""
+    return (
+        tensor.stride(1) == 1
+        and tensor.stride(0) * tensor.element_size() % 16 == 0
+        and tensor.stride(0) >= tensor.shape[1]
+        and tensor.data_ptr() % 16 == 0
+    )

@@ -1,0 +1,147 @@
+"""The sparse backward: exact where it may skip nothing, and what it skips is put back."""
+
+import pytest
+import torch
+from cases import MAPS, Case, assert_no_worse, eager, exact, uncertainty
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cce_inductor.ops import cuda, sparse
+from cce_inductor.ops.block_plan import BlockPlan
+
+TILE_ROWS, TILE_WIDTH = 16, 32  # of the interpreter's tiles
+
+
+@pytest.fixture(autouse=True)
+def _few_sampled_rows(monkeypatch):
+    monkeypatch.setattr(sparse, "SAMPLED_ROWS", 16)
+
+
+def make(rows, vocab, width, **options):
+    """A problem that the sparse backward takes, with a softmax peaked as a trained model's, and gradients of a loss."""
+    case = Case(rows, vocab, width, bias=False, total=False, class_weight=False, **options)
+    case.hidden = case.hidden * 4
+    counts = case.targets != case.ignore_index
+    case.grads[0] = torch.where(counts, case.grads[0].abs(), 0.0)
+    case.grads[1] = -case.grads[0]
+    return case
+
+
+def backward(case, mass, workspace_bytes=1 << 16):
+    problem = case.problem(approximate_mass=mass, workspace_bytes=workspace_bytes)
+    lse = cuda.forward(problem)[0]
+    return sparse.backward(problem, lse, tile_lse(case, problem), case.grads, [True, True, False])
+
+
+def tile_lse(case, problem):
+    x = problem.logit_map(case.hidden.double() @ case.weight.double().T)
+    return torch.stack([tile.logsumexp(1) for tile in x.split(TILE_WIDTH, dim=1)]).float()
+
+
+@given(
+    rows=st.integers(1, 70),
+    vocab=st.integers(1, 150),
+    width=st.integers(1, 40),
+    logit_map=st.sampled_from(MAPS),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    workspace_bytes=st.sampled_from([1, 8192, 1 << 20]),
+)
+def test_nothing_skipped_is_no_worse_than_eager(rows, vocab, width, logit_map, dtype, workspace_bytes):
+    case = make(rows, vocab, width, logit_map=logit_map, dtype=dtype)
+    gradients = backward(case, 0.0, workspace_bytes)[:2]
+    allowances = uncertainty(case, interpreted=True)
+    for i, gradient in enumerate(gradients, start=3):
+        assert_no_worse([gradient], [exact(case)[i]], [eager(case)[i]], [allowances[i]])
+
+
+@given(mass=st.sampled_from([2**-5, 2**-3, 2**-1]), seed=st.integers(0, 99))
+def test_skipped_mass_is_put_back_in_its_tile(mass, seed):
+    """With hidden states of ones in one place, the weight's gradient there sums to all rows' gradients of the lse."""
+    case = make(64, 150, 24, seed=seed)
+    case.hidden[:, 0] = 1.0
+    grad_weight = backward(case, mass)[1].double()[:, 0]
+    onehot = torch.zeros(150, dtype=torch.float64).index_add_(
+        0, case.targets.clamp(min=0), case.grads[1].double() * (case.targets != -100)
+    )
+    for tile, wanted in zip((grad_weight - onehot).split(TILE_WIDTH), _tile_masses(case), strict=True):
+        # share and skipped mass are float32, and there are as many roundings as summands
+        assert abs(tile.sum() - wanted) <= 150 * torch.finfo(torch.float32).eps * wanted.abs().clamp(min=1)
+
+
+def _tile_masses(case):
+    p = torch.softmax(case.hidden.double() @ case.weight.double().T, 1) * case.grads[0].double().unsqueeze(1)
+    return [tile.sum() for tile in p.split(TILE_WIDTH, dim=1)]
+
+
+@pytest.mark.parametrize("mass", [2**-6, 2**-3, 2**-1])
+def test_what_a_row_skips_stays_within_the_budget_and_never_its_target(mass):
+    case = make(50, 150, 24)
+    problem = case.problem(approximate_mass=mass)
+    lse, tiles = cuda.forward(problem)[0], tile_lse(case, problem)
+    active = sparse._active(problem, lse, tiles, case.grads[0], case.grads[1], TILE_WIDTH)
+    counts = case.targets != -100
+    skipped = torch.where(active, 0.0, torch.exp(tiles - lse)).sum(0)[counts]
+    assert (skipped <= mass * (1 + 1e-5)).all()
+    assert skipped.max() > 0
+    assert active[case.targets[counts] // TILE_WIDTH, counts.nonzero().squeeze(1)].all()
+    assert not active[:, ~counts].any()
+
+
+def test_the_error_shrinks_with_the_budget():
+    case = make(64, 600, 24)
+    case.hidden = case.hidden[:4].repeat_interleave(16, 0) / 3  # rows that agree on what to skip, and much to skip
+    wanted = exact(case)[3:5]
+    errors = [
+        sum((g.double() - w).norm().item() for g, w in zip(backward(case, mass)[:2], wanted, strict=True))
+        for mass in (2**-1, 2**-3, 2**-5, 0.0)
+    ]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_a_row_that_is_not_a_number_shows_in_the_gradients_as_in_eager():
+    case = make(40, 100, 16)
+    case.hidden[3] = torch.nan
+    case.grads[0][3], case.grads[1][3] = 1.0, -1.0
+    grad_hidden, grad_weight, _ = backward(case, 2**-3)
+    assert grad_hidden[3].isnan().all()
+    assert grad_hidden[torch.arange(40) != 3].isfinite().all()
+    assert grad_weight.isnan().all()
+
+
+@pytest.mark.parametrize("needs_grad", [[True, False, False], [False, True, False]])
+def test_only_what_is_needed_is_computed(needs_grad):
+    case = make(40, 100, 16)
+    problem = case.problem(approximate_mass=0.0)
+    lse, tiles = cuda.forward(problem)[0], tile_lse(case, problem)
+    some = sparse.backward(problem, lse, tiles, case.grads, needs_grad)
+    both = sparse.backward(problem, lse, tiles, case.grads, [True, True, False])
+    for gradient, full, needed in zip(some, both, needs_grad, strict=True):
+        assert torch.equal(gradient, full) if needed else gradient.numel() == 0
+
+
+@given(
+    tiles=st.integers(1, 9),
+    row_blocks=st.integers(1, 6),
+    density=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]),
+    extra=st.integers(0, 20),
+    seed=st.integers(0, 999),
+)
+def test_rounds_cover_each_active_block_once_and_fit_in_the_workspace(tiles, row_blocks, density, extra, seed):
+    active = torch.rand(tiles, row_blocks, generator=torch.Generator().manual_seed(seed)) < density
+    slots = row_blocks + extra
+    plan = BlockPlan.of(active, slots)
+    wanted = active.flatten().nonzero().squeeze(1).tolist()
+    assert plan.numbers[: len(wanted)].tolist() == wanted
+    assert plan.round_places[-1] == len(wanted)
+    assert (plan.round_places.diff() <= slots).all()
+    assert plan.round_tiles[0] == 0
+    assert plan.round_tiles[-1] == tiles
+    assert plan.tile_start[plan.round_tiles.long()].tolist() == plan.round_places.tolist()
+    for index in range(plan.rounds):
+        in_round = range(plan.round_tiles[index], plan.round_tiles[index + 1])
+        for row_block in range(row_blocks):
+            span = slice(plan.row_start[index, row_block], plan.row_start[index + 1, row_block])
+            listed = plan.row_tiles[span].tolist()
+            assert listed == [tile for tile in in_round if active[tile, row_block]]
+            numbers = plan.numbers[plan.row_places[span].long()].tolist()
+            assert numbers == [tile * row_blocks + row_block for tile in listed]
