@@ -37,13 +37,63 @@ def linear_cross_entropy(
     label_smoothing: in [0, 1].
     logit_map: a pointwise function of a logit z, for example "30.0*tanh(z/30.0)"; numbers, z, + - * / ** and tanh,
         sigmoid, exp.
-
     approximate_mass: the option of that name (`Options`): 0 for exact gradients.
 
-    Returns the loss, in the dtype of `input`: a scalar, or [...] for reduction "none". Raises what eager PyTorch raises
-    for wrong shapes, dtypes, devices and (on a CPU) targets, ValueError for a wrong reduction, smoothing or map.
+    Returns the loss, a scalar or for reduction "none" [...], in the dtype of `input`, inside autocast float32. Raises what eager PyTorch raises
+    for wrong shapes, dtypes, devices, smoothing and (on a CPU) targets, ValueError for a wrong reduction or map.
     Source: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", arXiv 2411.09009.
     """
+    _check(input, linear_weight, target, linear_bias, weight, reduction, label_smoothing)
+    device = input.device.type
+    autocast = torch.is_autocast_enabled(device)
+    compute_dtype = torch.get_autocast_dtype(device) if autocast else input.dtype
+    target_rows = target.reshape(-1).long()
+    smooth = label_smoothing > 0
+    lse, picked, total, lse_rest, _ = vocab_reductions(
+        input.reshape(-1, input.shape[-1]),
+        linear_weight,
+        linear_bias,
+        target_rows,
+        weight if smooth else None,
+        logit_map=_parsed(logit_map),
+        want_total=smooth,
+        ignore_index=ignore_index,
+        compute_dtype=compute_dtype,
+        workspace_mib=Options.workspace_mib,
+        approximate_mass=approximate_mass,
+    )
+    loss = losses.cross_entropy(
+        lse,
+        picked,
+        total,
+        target_rows,
+        linear_weight.shape[0],
+        weight=weight,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        lse_rest=lse_rest,
+    )
+    loss = loss.reshape(target.shape) if reduction == "none" else loss
+    return loss if autocast else loss.to(input.dtype)
+
+
+@torch.compiler.assume_constant_result
+def _parsed(logit_map: str) -> str:
+    """The map as the operator takes it; ValueError for what is not one. A compiler need not look inside."""
+    return str(LogitMap.parse(logit_map))
+
+
+def _check(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    reduction: str,
+    label_smoothing: float,
+) -> None:
+    """What the operator does not check because it does not see it; the errors are eager's."""
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"{reduction} is not a valid value for reduction")
     if not 0.0 <= label_smoothing <= 1.0:
@@ -52,31 +102,15 @@ def linear_cross_entropy(
         raise ValueError(
             f"Expected input batch_size ({tuple(input.shape[:-1])}) to match target batch_size ({tuple(target.shape)})."
         )
-    device = input.device.type
-    compute_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
-    smooth = label_smoothing > 0
-    lse, picked, total, _ = vocab_reductions(
-        input.reshape(-1, input.shape[-1]),
-        linear_weight,
-        linear_bias,
-        target.reshape(-1).long() if target.dtype == torch.uint8 else target.reshape(-1),
-        weight if smooth else None,
-        logit_map=str(LogitMap.parse(logit_map)),
-        want_total=smooth,
-        ignore_index=ignore_index,
-        compute_dtype=compute_dtype,
-        workspace_mib=Options().workspace_mib,
-        approximate_mass=approximate_mass,
-    )
-    loss = losses.cross_entropy(
-        lse,
-        picked,
-        total,
-        target.reshape(-1).long() if target.dtype == torch.uint8 else target.reshape(-1),
-        linear_weight.shape[0],
-        weight=weight,
-        reduction=reduction,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-    )
-    return (loss.reshape(target.shape) if reduction == "none" else loss).to(input.dtype)
+    if target.dtype not in (torch.int64, torch.uint8):
+        raise RuntimeError(f"expected targets of dtype int64 or uint8 (class indices), got {target.dtype}")
+    allowed = {input.dtype, torch.float32} if input.dtype.itemsize == 2 else {input.dtype}
+    autocast = torch.is_autocast_enabled(input.device.type)
+    for name, tensor in (("linear_weight", linear_weight), ("linear_bias", linear_bias), ("weight", weight)):
+        if tensor is not None and tensor.dtype not in allowed and not autocast:
+            raise RuntimeError(f"expected {name} to have the dtype of input, {input.dtype}, but got {tensor.dtype}")
+    if weight is not None and weight.shape != linear_weight.shape[:1]:
+        raise RuntimeError(
+            f"weight tensor should be defined either for all {linear_weight.shape[0]} classes or no classes "
+            f"but got weight tensor of shape: {tuple(weight.shape)}"
+        )

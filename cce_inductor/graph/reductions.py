@@ -29,6 +29,7 @@ class Results:
     lse: Vector
     picked: Vector
     total: Vector
+    lse_rest: Vector
     target: Vector
     rows: Callable[[], Vector]  # a tensor of the shape of the logits' rows
     proxy: Callable[[Node], Vector]
@@ -90,6 +91,7 @@ def cross_entropy(
             reduction=reduction,
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
+            lse_rest=results.lse_rest,
         )
         return loss.view_as(results.proxy(target)) if reduction == "none" else loss
 
@@ -132,7 +134,8 @@ def gather(call: Call, input: DeferredLogits, *args: Any, sparse_grad: bool = Fa
         )
 
     def build(results: Results) -> Vector:
-        picked = results.picked - results.lse if input.normalized else results.picked.clone()
+        log_probability = results.picked - results.lse - results.lse_rest
+        picked = log_probability if input.normalized else results.picked.clone()
         return picked.view_as(results.proxy(index))
 
     return Reduction(call.node, input, build, index)

@@ -72,7 +72,7 @@ def _emit(sweep: Sweep, site: Site, emitter: Emitter, options: Options) -> list[
             workspace_mib=options.workspace_mib,
             approximate_mass=float(options.approximate_mass),
         )
-        lse, picked, total = (emitter.proxy(emitter.call(operator.getitem, outputs, i)) for i in range(3))
+        lse, picked, total, lse_rest = (emitter.proxy(emitter.call(operator.getitem, outputs, i)) for i in range(4))
     pairs = []
     for reduction in sweep.reductions:
         node = reduction.node
@@ -83,6 +83,7 @@ def _emit(sweep: Sweep, site: Site, emitter: Emitter, options: Options) -> list[
                 lse,
                 picked,
                 total,
+                lse_rest,
                 None if flat_target is None else emitter.proxy(flat_target),
                 functools.partial(emitter.rows, reduction.logits.hidden),
                 emitter.proxy,

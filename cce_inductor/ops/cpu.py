@@ -57,14 +57,14 @@ def _target_columns(problem: Problem, rows: slice, columns: slice) -> tuple[Tens
     return torch.where(inside, target - columns.start, 0).unsqueeze(1), inside.unsqueeze(1)
 
 
-def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """lse, picked and total, each [N], reduced from those of the vocabulary slices; and an empty tile_lse."""
+def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """lse, picked, total and lse_rest, each [N], reduced from those of the vocabulary slices; an empty tile_lse."""
     if not problem.hidden.is_cuda:
         _check_targets(problem)
     block_rows, block_columns = _block_shape(problem)
     slices = list(spans(problem.vocab_size, block_columns))
     picked = problem.zeros(problem.num_rows)
-    slice_lse, slice_total = (problem.zeros(len(slices), problem.num_rows) for _ in range(2))
+    slice_peak, slice_sum, slice_total = (problem.zeros(len(slices), problem.num_rows) for _ in range(3))
     for number, columns in enumerate(slices):
         weight = problem.weight_rows(columns)
         for rows in spans(problem.num_rows, block_rows):
@@ -74,15 +74,33 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
                 picked[rows] += torch.where(inside, x.gather(1, index), 0.0).squeeze(1)
             if problem.want_total:
                 slice_total[number, rows] = _weighted_sum(problem, x, columns)
-            slice_lse[number, rows] = _logsumexp_(x)
-    return torch.logsumexp(slice_lse, 0), picked, slice_total.sum(0), problem.tile_lse(0)
+            slice_peak[number, rows], slice_sum[number, rows] = _sum_exp_(x)
+    lse, lse_rest = _log_sum(slice_peak, slice_sum)
+    return lse, picked, slice_total.sum(0), lse_rest, problem.tile_lse(0)
 
 
-def _logsumexp_(x: Tensor) -> Tensor:
-    """log(sum over columns of exp(x)), nan where x has a nan or +inf; overwrites x."""
+def _sum_exp_(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(shift, sum over columns of exp(x - shift)), the shift the largest x or 0; the sum is nan where x has a nan or
+    +inf. Overwrites x."""
     peak = x.amax(1, keepdim=True)
     shift = peak.masked_fill(peak == -torch.inf, 0.0)
-    return x.sub_(shift).exp_().sum(1).log_().add_(shift.squeeze(1))
+    return shift.squeeze(1), x.sub_(shift).exp_().sum(1)
+
+
+def _log_sum(peaks: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """(lse, lse_rest): the log of the sum over slices of exp(peak) * sum, and what rounding took from it.
+
+    Where one logit stands out, the log-sum-exp exceeds it by less than a rounding of either. Losses of confident rows
+    are nothing but that difference, and `torch.log_softmax` keeps it.
+    """
+    if len(peaks) == 0:
+        nothing = sums.sum(0)
+        return nothing.log(), nothing
+    peak = torch.where(sums == 0, -torch.inf, peaks).amax(0)
+    peak = peak.masked_fill(peak == -torch.inf, 0.0)
+    log_sum = (sums * torch.exp(peaks - peak)).sum(0).log()
+    lse = peak + log_sum
+    return lse, torch.where(lse.isfinite(), log_sum - (lse - peak), 0.0)
 
 
 def _weighted_sum(problem: Problem, x: Tensor, columns: slice) -> Tensor:

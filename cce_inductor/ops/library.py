@@ -1,13 +1,14 @@
 """The operators as PyTorch knows them: schema, shapes, gradients and FLOP counts.
 
     cce_inductor::vocab_reductions(hidden [N, D], weight [V, D], bias [V]?, target [N]?, total_weight [V]?, ...)
-        -> lse [N], picked [N], total [N], tile_lse [tiles, N]
+        -> lse [N], picked [N], total [N], lse_rest [N], tile_lse [tiles, N]
 
 `reference.py` says what is computed. `logit_map` is the text of a `LogitMap`. `compute_dtype` is what the operands of
 the matmuls are cast to (autocast: a float32 parameter with bfloat16 arithmetic), while gradients come back in each
 input's own dtype. `want_total` asks for the third result, which is zero otherwise. `workspace_mib` bounds the scratch
 memory of the backward. `approximate_mass` is how much of each row's probability the backward may approximate, 0 for
 exact gradients. `tile_lse` is what the forward hands to an approximate backward, where there is one, else empty. In a
+`lse_rest` is what rounding took from lse: a log-probability is picked - lse - lse_rest. It has no gradient. In a
 row with a nan or +inf logit lse is nan, as the log-softmax of such a row is.
 """
 
@@ -30,7 +31,8 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 _library.define(
     "vocab_reductions(Tensor hidden, Tensor weight, Tensor? bias, Tensor? target, Tensor? total_weight, *, "
     "str logit_map, bool want_total, int? ignore_index, ScalarType compute_dtype, int workspace_mib, "
-    "float approximate_mass=0.0) -> (Tensor lse, Tensor picked, Tensor total, Tensor tile_lse)"
+    "float approximate_mass=0.0) -> (Tensor lse, Tensor picked, Tensor total, Tensor lse_rest, "
+    "Tensor tile_lse)"
 )
 _library.define(
     "vocab_reductions_backward(Tensor grad_lse, Tensor grad_picked, Tensor grad_total, Tensor lse, "
@@ -90,12 +92,14 @@ def _forward_fake(
     want_total: bool,
     approximate_mass: float = 0.0,
     **_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     check(hidden, weight, bias, target, total_weight, compute_dtype)
     LogitMap.parse(logit_map)
     tiles = cuda.kept_tiles(hidden.device, weight.shape[0], compute_dtype, want_total, approximate_mass)
-    lse, picked, total = (hidden.new_empty((hidden.shape[0],), dtype=accumulate_dtype(compute_dtype)) for _ in range(3))
-    return lse, picked, total, hidden.new_empty((tiles, hidden.shape[0]), dtype=torch.float32)
+    lse, picked, total, lse_rest = (
+        hidden.new_empty((hidden.shape[0],), dtype=accumulate_dtype(compute_dtype)) for _ in range(4)
+    )
+    return lse, picked, total, lse_rest, hidden.new_empty((tiles, hidden.shape[0]), dtype=torch.float32)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::vocab_reductions_backward", lib=_library)
@@ -120,17 +124,17 @@ def _backward_fake(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: tuple) -> None:
-    lse, _, _, tile_lse = output
-    ctx.mark_non_differentiable(tile_lse)
-    ctx.save_for_backward(lse, tile_lse, *inputs)
+    lse, _, _, lse_rest, tile_lse = output
+    ctx.mark_non_differentiable(lse_rest, tile_lse)
+    ctx.save_for_backward(lse_rest, lse, tile_lse, *inputs)
     ctx.options = keyword_only_inputs
 
 
-def _gradients(ctx: Any, grad_lse: Tensor, grad_picked: Tensor, grad_total: Tensor, _: Tensor) -> tuple:
+def _gradients(ctx: Any, grad_lse: Tensor, grad_picked: Tensor, grad_total: Tensor, *_: Tensor) -> tuple:
     needs_grad = list(ctx.needs_input_grad[:3])
-    grads = vocab_reductions_backward(
-        grad_lse, grad_picked, grad_total, *ctx.saved_tensors, **ctx.options, needs_grad=needs_grad
-    )
+    lse_rest, *saved = ctx.saved_tensors
+    grad_lse = grad_lse * torch.exp(-lse_rest)  # exp(x - lse - lse_rest) without a pass over the logits
+    grads = vocab_reductions_backward(grad_lse, grad_picked, grad_total, *saved, **ctx.options, needs_grad=needs_grad)
     return *(grad if needed else None for grad, needed in zip(grads, needs_grad, strict=True)), None, None
 
 

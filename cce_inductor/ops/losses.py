@@ -18,6 +18,7 @@ def cross_entropy(
     reduction: str = "mean",
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    lse_rest: Tensor | float = 0.0,  # [N], what rounding took from lse
 ) -> Tensor:
     """`torch.nn.functional.cross_entropy` of logits x, from lse, picked and total of x.
 
@@ -28,7 +29,7 @@ def cross_entropy(
     and zero where the target is `ignore_index`; the mean divides by the sum of w[t] over the rows that count.
     """
     valid = target != ignore_index
-    losses = lse - picked
+    losses = lse - picked + lse_rest
     row_weight = None
     if weight is not None:
         weight = weight.to(lse.dtype)
