@@ -39,8 +39,9 @@ def linear_cross_entropy(
         sigmoid, exp.
     approximate_mass: the option of that name (`Options`): 0 for exact gradients.
 
-    Returns the loss, a scalar or for reduction "none" [...], in the dtype of `input`, inside autocast float32. Raises what eager PyTorch raises
-    for wrong shapes, dtypes, devices, smoothing and (on a CPU) targets, ValueError for a wrong reduction or map.
+    Returns the loss, a scalar or [...] for reduction "none", in the dtype of `input`; inside autocast in float32.
+    Raises what eager PyTorch raises for wrong shapes, dtypes, devices, smoothing and (on a CPU) targets, ValueError for
+    a wrong reduction or map.
     Source: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", arXiv 2411.09009.
     """
     _check(input, linear_weight, target, linear_bias, weight, reduction, label_smoothing)

@@ -1,6 +1,6 @@
 """Rewrites a site: emits operator calls and loss arithmetic, compares the results, then lets the old nodes go.
 
-Nothing that exists is changed before the comparison. A failure erases the new nodes and the graph is as it was.
+Every step can be undone until the old nodes go, and by then nothing is left that could fail.
 """
 
 import functools
@@ -22,30 +22,49 @@ from .sites import Site, location, logits_bytes
 from .sweeps import Sweep, sweeps_of
 
 
-def rewrite(site: Site, options: Options) -> Rewrite:
-    """Rewrites a site in its graph; raises `Refused`, or whatever went wrong, with the graph as it was."""
-    graph = site.logits.matmul.graph
-    order = list(graph.nodes)
-    emitter = Emitter(graph)
-    try:
-        sweeps = sweeps_of(site)
-        replacements = [pair for sweep in sweeps for pair in _emit(sweep, site, emitter, options)]
+class Rewriting:
+    """One site with the new nodes in use and the old ones still there. `undo()` or `finish()` ends it."""
+
+    def __init__(self, site: Site, options: Options) -> None:
+        """Raises `Refused`, or whatever went wrong, with the graph as it was."""
+        self._site = site
+        self._graph = site.logits.matmul.graph
+        self._order = list(self._graph.nodes)
+        self._emitter = Emitter(self._graph)
+        self._replaced: list[tuple[Node, Node, list[Node]]] = []
+        try:
+            self.report = self._rewrite(options)
+        except BaseException:
+            self.undo()
+            raise
+
+    def _rewrite(self, options: Options) -> Rewrite:
+        sweeps = sweeps_of(self._site)
+        replacements = [pair for sweep in sweeps for pair in _emit(sweep, self._site, self._emitter, options)]
         for node, replacement in replacements:
             _require_same(node, replacement)
-        report = _describe(site, len(sweeps))
-        for number in (number for reduction in site.reductions for number in reduction.logits.assumed):
+        report = _describe(self._site, len(sweeps))
+        for number in (number for reduction in self._site.reductions for number in reduction.logits.assumed):
             fix(number)
-    except BaseException:
-        emitter.undo()
-        for node in order:  # some may have moved
-            graph.output_node().prepend(node)
-        raise
-    for node, replacement in replacements:
-        node.replace_all_uses_with(replacement)
-    for node in (*reversed(site.chain), *reversed(emitter.nodes)):
-        if not node.users:
-            graph.erase_node(node)
-    return report
+        for node, replacement in replacements:
+            self._replaced.append((node, replacement, list(node.users)))
+            node.replace_all_uses_with(replacement)
+        return report
+
+    def undo(self) -> None:
+        """Leaves the graph as it was."""
+        for node, replacement, users in reversed(self._replaced):
+            for user in users:
+                user.replace_input_with(replacement, node)
+        self._emitter.undo()
+        for node in self._order:  # some may have moved
+            self._graph.output_node().prepend(node)
+
+    def finish(self) -> None:
+        """Erases what is no longer used."""
+        for node in (*reversed(self._site.chain), *reversed(self._emitter.nodes)):
+            if not node.users:
+                self._graph.erase_node(node)
 
 
 def _emit(sweep: Sweep, site: Site, emitter: Emitter, options: Options) -> list[tuple[Node, Node]]:
