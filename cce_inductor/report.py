@@ -12,7 +12,10 @@ log = artifact_logger("cce_inductor", "losses that cce_inductor rewrote, and tho
 
 
 class RefusedError(RuntimeError):
-    """Raised under `on_refusal="raise"` where a loss was found and can't be rewritten; says why and what would help."""
+    """Raised under `on_refusal="raise"` where a loss was found and can't be rewritten; says why and what would help.
+
+    What a compiled function raises is torch's `BackendCompilerFailed` with this as its `inner_exception`.
+    """
 
 
 @dataclass(frozen=True)

@@ -231,3 +231,9 @@ def test_losses_of_confident_rows_keep_their_digits():
     error = (linear_cross_entropy(h, w, t, reduction="none").double() - exact).abs()
     # rounding 1 + (the other probabilities) takes half an epsilon, its logarithm as much
     assert error.max() <= torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("mass", [-0.1, 1.0, float("nan")])
+def test_an_approximate_mass_outside_of_zero_to_one_is_an_error(mass):
+    with pytest.raises(ValueError, match="approximate_mass must be in"):
+        linear_cross_entropy(hidden(), weight(), labels(), approximate_mass=mass)

@@ -8,11 +8,18 @@ import torch
 from cce_inductor import Options
 from cce_inductor.graph.driver import rewrite_module
 
-DEFAULTS = {"mode": None, "min_vocab": 4096, "min_logits_bytes": 16 << 20, "workspace_mib": 256, "on_refusal": "log"}
+DEFAULTS = {
+    "mode": None,
+    "min_vocab": 4096,
+    "min_logits_bytes": 16 << 20,
+    "workspace_mib": 256,
+    "on_refusal": "log",
+    "approximate_mass": 0.0,
+}
 
 
 def test_defaults():
-    assert dataclasses.asdict(Options()) | DEFAULTS == dataclasses.asdict(Options())
+    assert dataclasses.asdict(Options()) == DEFAULTS
 
 
 def test_they_cannot_be_changed():
@@ -36,6 +43,14 @@ def test_numbers_have_a_least_value(name, value):
 @pytest.mark.parametrize("name", ["min_vocab", "min_logits_bytes"])
 def test_zero_is_allowed(name):
     assert getattr(Options(**{name: 0}), name) == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "error"), [(True, TypeError), ("1", TypeError), (-0.1, ValueError), (1, ValueError)], ids=repr
+)
+def test_approximate_mass_is_a_share_below_one(value, error):
+    with pytest.raises(error, match="option approximate_mass must be"):
+        Options(approximate_mass=value)
 
 
 @pytest.mark.parametrize("value", ["LOG", "never", None, 1])
@@ -75,17 +90,18 @@ def test_no_name_is_also_inductors():
     assert names.isdisjoint(torch._inductor.list_options())
 
 
-def test_workspace_reaches_the_operator():
+@pytest.mark.parametrize(("name", "value"), [("workspace_mib", 3), ("approximate_mass", 0.25)])
+def test_an_option_reaches_the_operator(name, value):
     def program(h, w, t):
         return torch.nn.functional.cross_entropy(h @ w.T, t)
 
     limits = []
 
     def backend(module, inputs):
-        rewrite_module(module, Options(min_vocab=0, min_logits_bytes=0, workspace_mib=3))
-        limits.extend(node.kwargs.get("workspace_mib") for node in module.graph.nodes if "cce" in str(node.target))
+        rewrite_module(module, Options(min_vocab=0, min_logits_bytes=0, **{name: value}))
+        limits.extend(node.kwargs.get(name) for node in module.graph.nodes if "cce" in str(node.target))
         return module.forward
 
     torch._dynamo.reset()
     torch.compile(program, backend=backend)(torch.randn(20, 4), torch.randn(9, 4), torch.randint(0, 9, (20,)))
-    assert limits == [3]
+    assert limits == [value]

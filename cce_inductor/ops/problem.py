@@ -49,6 +49,8 @@ class Problem:
     ) -> "Problem":
         """Checks the operands as the schema gives them; the errors are of the kinds that eager PyTorch raises."""
         check(hidden, weight, bias, target, total_weight, compute_dtype)
+        if not 0 <= approximate_mass < 1:
+            raise ValueError(f"approximate_mass must be in [0, 1), got {approximate_mass}")
         return cls(
             hidden=hidden.to(compute_dtype),
             weight=weight,

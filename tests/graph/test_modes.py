@@ -347,12 +347,3 @@ def test_everything_dynamic(form):
 
 def test_dynamic_shapes_through_autograd():
     check(lengths_loss, hidden(), weight(), labels(), dynamic=True, lower=Graphs().lower)
-
-
-def test_parameters_that_are_inputs_of_the_graph_or_not():
-    def program(head, h, t):
-        return F.cross_entropy(head(h).view(-1, V), t.view(-1))
-
-    for inlined in (False, True):
-        with torch._dynamo.config.patch(inline_inbuilt_nn_modules=inlined):
-            check(program, torch.nn.Linear(D, V), hidden(), labels())
