@@ -8,7 +8,7 @@ same order. Each has a process of its own and starts with an empty compiler cach
 its compile time are its own.
 
 Prints a table; writes train_gpt.png and train_gpt.json to --output (default: examples/output). On a CPU with
-two cores the defaults take under four minutes. On a GPU, the model is larger and runs in bfloat16.
+two cores the defaults take about three minutes. On a GPU, the model is larger and runs in bfloat16.
 """
 
 import argparse
@@ -334,7 +334,7 @@ def draw(results: list[Result], title: str, path: Path) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated (default: %(default)s)")
     for name in SIZES["cpu"]:
         sizes = ", ".join(f"{SIZES[device][name]} on {device}" for device in SIZES)
