@@ -19,12 +19,8 @@ from .logits import DeferredLogits, Refused
 
 Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}
-EITHER_OPERAND = (
-    "mul",
-    "add",
-    "sub",
-    "div",
-)  # their rules take the logits in either place; those of all others in the first
+# The rules of these take the logits in either place; those of all others take them first.
+EITHER_OPERAND = ("mul", "add", "sub", "div")
 
 # Operations under another name, in torch, in Python or as a method of a tensor.
 ALIASES = {

@@ -13,20 +13,7 @@ from .registry import Call, operation, rule, tensor_of
 FULL = slice(None, None, None)
 
 
-@rule(
-    "contiguous",
-    "clone",
-    "alias",
-    "cuda",
-    "cpu",
-    "float",
-    "half",
-    "bfloat16",
-    "double",
-    "to",
-    "type",
-    "type_as",
-)
+@rule("contiguous", "clone", "alias", "cuda", "cpu", "float", "half", "bfloat16", "double", "to", "type", "type_as")
 def convert(call: Call, x: DeferredLogits, *_: Any, **__: Any) -> DeferredLogits:
     """Copies and casts: only the dtype that comes out matters."""
     source = x.matmul.meta["example_value"]
@@ -48,9 +35,8 @@ def reshape(call: Call, x: DeferredLogits, *args: Any, **named: Any) -> Deferred
     shape, name = tuple(map(constant_size, call.output.shape)), operation(call.node)
     if name in ("view", "reshape"):
         return x.reshape(shape, _row_sizes(shape[:-1], args))
-    relative = (
-        (getattr(torch, name), args) if args and not named else None
-    )  # hidden states have the same row dimensions
+    # hidden states have the same row dimensions, so the same call does the same to them
+    relative = (getattr(torch, name), args) if args and not named else None
     return x.reshape(shape, _row_sizes(shape[:-1], ()), relative)
 
 
