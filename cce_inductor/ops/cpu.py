@@ -9,7 +9,7 @@ from torch import Tensor
 from .blocks import ALIGNMENT, exact_backward
 from .problem import MIB, Problem, spans
 
-BLOCK_ROWS = 512
+BLOCK_ROWS = 1024
 BLOCK_BYTES = 4 * MIB  # of one block of logits in float32: stays in a last-level cache while it is worked on
 GPU_BLOCK_ROWS = 4096  # there the workspace bounds a block, and matmuls want more of everything
 
