@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._guards import detect_fake_mode
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._logging import getArtifactLogger
 from torch._logging._internal import register_artifact
@@ -18,7 +17,6 @@ __all__ = [
     "artifact_logger",
     "cache_dir",
     "constant_size",
-    "detect_fake_mode",
     "fix",
     "float_hint",
     "get_hash_for_files",

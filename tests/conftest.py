@@ -1,6 +1,7 @@
 """Where there is no GPU, Triton kernels run in Triton's interpreter, and tests marked `gpu` are skipped."""
 
 import os
+import tempfile
 
 import pytest
 import torch
@@ -9,6 +10,10 @@ from hypothesis import settings
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which no import above does
+
+# What an earlier run left in Inductor's cache would not be compiled again, and so not be reported.
+_cache = tempfile.TemporaryDirectory(prefix="inductor-cache-", ignore_cleanup_errors=True)
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = _cache.name
 
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=40)
 settings.register_profile("soak", deadline=None, max_examples=1000)  # pytest --hypothesis-profile soak

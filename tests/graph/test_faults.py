@@ -65,8 +65,9 @@ def test_a_failing_function_leaves_the_graph_as_it_was(monkeypatch, owner, name)
     assert_like_eager(ours, two_heads, given())
 
 
-def test_a_failure_after_all_rewrites_undoes_them(monkeypatch):
-    """As where the new graph would not pass its lint."""
+@pytest.fixture
+def failing_in_the_end(monkeypatch):
+    """The pass fails after it has rewritten everything, as where the new graph would not pass its lint."""
     original = driver._rewrite_graph
 
     def rewrite_and_fail(*args):
@@ -74,21 +75,19 @@ def test_a_failure_after_all_rewrites_undoes_them(monkeypatch):
         fail()
 
     monkeypatch.setattr(driver, "_rewrite_graph", rewrite_and_fail)
+
+
+@pytest.mark.usefixtures("failing_in_the_end")
+def test_a_failure_after_all_rewrites_undoes_them():
     ours = run_compiled(two_heads, *given())
     assert ours.report.rewritten == []
     assert_untouched(ours)
     assert_like_eager(ours, two_heads, given())
 
 
-def test_what_is_undone_still_compiles(monkeypatch):
+@pytest.mark.usefixtures("failing_in_the_end")
+def test_what_is_undone_still_compiles():
     """AOTAutograd reads more of Dynamo's nodes than there is in their text."""
-    original = driver._rewrite_graph
-
-    def rewrite_and_fail(*args):
-        original(*args)
-        fail()
-
-    monkeypatch.setattr(driver, "_rewrite_graph", rewrite_and_fail)
     torch._dynamo.reset()
     compiled = torch.compile(two_heads, backend="cce", options={"min_vocab": 0, "min_logits_bytes": 0})
     with capture_reports() as reports:
