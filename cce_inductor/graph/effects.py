@@ -5,7 +5,7 @@ Dynamo's graphs are not functional yet, so moving a computation past a write, or
 
 import inspect
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -69,6 +69,18 @@ def first_write(nodes: Iterable[Node], tensors: Iterable[Node]) -> Node | None:
         if any(_storage(tensor) in storages for tensor in written(node) if tensor_of(tensor) is not None):
             return node
     return None
+
+
+def never_written_after(node: Node, tensor: Node) -> bool:
+    """Whether a tensor that a node reads, and may copy, keeps its value to the end of the graph."""
+    return first_write(_from(node), [tensor]) is None
+
+
+def _from(node: Node) -> Iterator[Node]:
+    """A node and those after it."""
+    while node.op != "root":
+        yield node
+        node = node.next
 
 
 def _storage(node: Node) -> int:

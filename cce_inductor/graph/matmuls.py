@@ -1,6 +1,6 @@
 """Where deferred logits begin: every spelling of hidden @ weight.T (+ bias)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from ..compat import FakeTensor, constant_size, statically_equal
 from ..logit_map import LogitMap
-from .effects import first_write
+from .effects import never_written_after
 from .logits import DeferredLogits, Replay
 from .registry import operation, tensor_of
 
@@ -198,12 +198,5 @@ def _is_narrowing_cast(node: Node, compute_dtype: torch.dtype) -> bool:
         and after.dtype == compute_dtype
         and compute_dtype in (torch.bfloat16, torch.float16)
         and before.device == after.device
-        and first_write(_from(node), [source]) is None
+        and never_written_after(node, source)
     )
-
-
-def _from(node: Node) -> Iterator[Node]:
-    """A node and those after it."""
-    while node.op != "root":
-        yield node
-        node = node.next

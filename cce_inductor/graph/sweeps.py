@@ -5,7 +5,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from .effects import grad_modes, written
+from .effects import grad_modes, never_written_after, written
 from .logits import DeferredLogits, Refused
 from .reductions import Reduction
 from .registry import operation
@@ -56,8 +56,12 @@ def _operator_key(logits: DeferredLogits) -> tuple:
 
 
 def _flat_source(node: Any) -> Node:
-    """The tensor that a target is a reshape of: equal for two targets with the same elements in the same order."""
-    while operation(node) in ("view", "reshape", "flatten", "contiguous", "squeeze", "unsqueeze"):
+    """The tensor that a target is a reshape of: equal for two targets with the same elements in the same order.
+
+    A reshape may be a copy, so what it reads stands for it only where nothing is written to that later.
+    """
+    reshapes = ("view", "reshape", "flatten", "contiguous", "squeeze", "unsqueeze")
+    while operation(node) in reshapes and never_written_after(node, node.args[0]):
         node = node.args[0]
     return node
 

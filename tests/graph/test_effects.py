@@ -186,3 +186,15 @@ def test_loss_under_vmap():
 
     given = args(requires_grad=False)
     check_refused(program, *given, operation="torch.func", reason="torch.func transform")
+
+
+def test_copies_of_labels_from_before_and_after_a_write_are_two_targets():
+    def program(h, w, t):
+        shifted = t.clone()[:, 1:]
+        before = shifted.reshape(-1)
+        shifted[:, 0] = 3
+        after = shifted.reshape(-1)
+        x = F.linear(h[:, 1:], w).reshape(-1, V)
+        return F.cross_entropy(x, before) + 2 * F.cross_entropy(x, after)
+
+    check(program, hidden(), weight(), labels(), calls=2)
