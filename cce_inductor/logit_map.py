@@ -109,6 +109,16 @@ class LogitMap:
         """df/dz."""
         return sympy.diff(self.expr, Z)
 
+    @functools.cached_property
+    def slope_bound(self) -> float | None:
+        """A number that |f'| stays below or at, everywhere; None where none is found."""
+        bounds = {"tanh": sympy.AccumBounds(-1, 1), "sigmoid": sympy.AccumBounds(0, 1)}
+        slope = self.derivative.replace(lambda e: type(e).__name__ in bounds, lambda e: bounds[type(e).__name__])
+        if slope.free_symbols:
+            return None
+        largest = max(abs(slope.max), abs(slope.min)) if isinstance(slope, sympy.AccumBounds) else abs(slope)
+        return float(largest) if largest.is_finite else None
+
     def affine(self) -> tuple[float, float] | None:
         """(a, c) where f(z) = a * z + c, or None where f is not of that form or a is zero."""
         slope = self.derivative

@@ -23,7 +23,8 @@ def active_kernel(
     grad_lse,  # [N]
     grad_picked,  # [N]
     target,  # [N]
-    active,  # [tiles, N], bool
+    active,  # [tiles + 1, N], bool; the last: which rows have a gradient at all
+    counts,  # [tiles + 1], int32, zeros before: how many rows are active in each
     num_rows,
     num_tiles,
     ignore_index,
@@ -50,16 +51,21 @@ def active_kernel(
         fits = skipped <= budget
         low = tl.where(fits, middle, low)
         high = tl.where(fits, high, middle)
-    selected = mass >= tl.exp2(low)[None, :]
-
-    has_gradient = tl.load(grad_lse + rows, mask=row_mask, other=0.0) != 0.0
-    selected = selected & has_gradient[None, :]
+    live = tl.load(grad_lse + rows, mask=row_mask, other=0.0) != 0.0
+    selected = (mass >= tl.exp2(low)[None, :]) & live[None, :]
     if HAS_TARGET:
         targets = tl.load(target + rows, mask=row_mask, other=0)
-        counts = tl.load(grad_picked + rows, mask=row_mask, other=0.0) != 0.0
+        picks = tl.load(grad_picked + rows, mask=row_mask, other=0.0) != 0.0
         if HAS_IGNORE_INDEX:
-            counts = counts & (targets != ignore_index)
-        selected = selected | (counts[None, :] & (tiles[:, None] == (targets // TILE_WIDTH)[None, :]))
+            picks = picks & (targets != ignore_index)
+        selected = selected | (picks[None, :] & (tiles[:, None] == (targets // TILE_WIDTH)[None, :]))
+        live = live | picks
     # a row that is not a number must show in the gradients
-    selected = selected | (row_lse != row_lse)[None, :]
+    broken = row_lse != row_lse
+    selected = (selected | broken[None, :]) & mask
+    live = (live | broken) & row_mask
     tl.store(active + offsets, selected, mask=mask)
+    tl.store(active + num_tiles.to(tl.int64) * num_rows + rows, live, mask=row_mask)
+    # sums of integers do not depend on their order
+    tl.atomic_add(counts + tiles, tl.sum(selected.to(tl.int32), 1), mask=tiles < num_tiles, sem="relaxed")
+    tl.atomic_add(counts + num_tiles, tl.sum(live.to(tl.int32), 0), sem="relaxed")
