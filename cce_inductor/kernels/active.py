@@ -4,7 +4,8 @@
     active[j, n] = mass[j, n] >= t[n],   t[n] the largest with   sum over j of mass[j, n] [mass[j, n] < t[n]] <= budget
 
 The tile of the target is always active, and no tile is where the row has no gradient. A row that is spread evenly
-skips nearly nothing, so an untrained model stays exact by itself.
+skips nearly nothing, so an untrained model stays exact by itself. A row that needs most of the tiles is *dense*: it
+gets all of them, and is listed once instead of in each tile.
 """
 
 import triton
@@ -23,12 +24,13 @@ def active_kernel(
     grad_lse,  # [N]
     grad_picked,  # [N]
     target,  # [N]
-    active,  # [tiles + 1, N], bool; the last: which rows have a gradient at all
-    counts,  # [tiles + 1], int32, zeros before: how many rows are active in each
+    active,  # [tiles + 1, N], bool: active pairs of rows that are not dense; the last: which rows are dense
+    counts,  # [tiles + 1], int32, zeros before: how many there are in each
     num_rows,
     num_tiles,
     ignore_index,
     budget,
+    dense_share,  # a row that needs more than this share of the tiles is dense
     HAS_TARGET: tl.constexpr,
     HAS_IGNORE_INDEX: tl.constexpr,
     TILE_WIDTH: tl.constexpr,  # columns of a tile
@@ -51,21 +53,21 @@ def active_kernel(
         fits = skipped <= budget
         low = tl.where(fits, middle, low)
         high = tl.where(fits, high, middle)
-    live = tl.load(grad_lse + rows, mask=row_mask, other=0.0) != 0.0
-    selected = (mass >= tl.exp2(low)[None, :]) & live[None, :]
+    has_gradient = tl.load(grad_lse + rows, mask=row_mask, other=0.0) != 0.0
+    selected = (mass >= tl.exp2(low)[None, :]) & has_gradient[None, :]
     if HAS_TARGET:
         targets = tl.load(target + rows, mask=row_mask, other=0)
         picks = tl.load(grad_picked + rows, mask=row_mask, other=0.0) != 0.0
         if HAS_IGNORE_INDEX:
             picks = picks & (targets != ignore_index)
         selected = selected | (picks[None, :] & (tiles[:, None] == (targets // TILE_WIDTH)[None, :]))
-        live = live | picks
     # a row that is not a number must show in the gradients
     broken = row_lse != row_lse
     selected = (selected | broken[None, :]) & mask
-    live = (live | broken) & row_mask
+    dense = (tl.sum(selected.to(tl.int32), 0) > dense_share * num_tiles) & row_mask
+    selected = selected & (dense == 0)[None, :]
     tl.store(active + offsets, selected, mask=mask)
-    tl.store(active + num_tiles.to(tl.int64) * num_rows + rows, live, mask=row_mask)
+    tl.store(active + num_tiles.to(tl.int64) * num_rows + rows, dense, mask=row_mask)
     # sums of integers do not depend on their order
     tl.atomic_add(counts + tiles, tl.sum(selected.to(tl.int32), 1), mask=tiles < num_tiles, sem="relaxed")
-    tl.atomic_add(counts + num_tiles, tl.sum(live.to(tl.int32), 0), sem="relaxed")
+    tl.atomic_add(counts + num_tiles, tl.sum(dense.to(tl.int32), 0), sem="relaxed")

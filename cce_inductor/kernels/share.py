@@ -25,7 +25,7 @@ def share_kernel(
     lse,  # [N], like the next two from the first sampled row on
     grad_lse,  # [N]
     skipped_mass,  # [tiles, N]
-    dense,  # [tiles], bool
+    skips,  # [tiles], bool: whether any row skips the tile
     share,  # [V]
     skipped_weight,  # [tiles, D]
     weight_peak,  # one int32, zero before: the bits of the largest |weight|, a float32
@@ -55,7 +55,7 @@ def share_kernel(
         column_mask = columns < num_columns
         mass = tl.zeros((BLOCK_V,), dtype=tl.float32)
         force = tl.zeros((BLOCK_V,), dtype=tl.float32)
-        sampled = tl.where(tl.load(dense + tile), 0, num_rows)  # no row skips a dense tile
+        sampled = tl.where(tl.load(skips + tile), num_rows, 0)
         for row in range(0, sampled, BLOCK_N):
             rows = row + tl.arange(0, BLOCK_N)
             row_mask = rows < num_rows
@@ -66,7 +66,9 @@ def share_kernel(
             x, slope = VALUE_AND_SLOPE(z)
             places = rows.to(tl.int64) * row_step
             row_lse = tl.load(lse + places, mask=row_mask, other=float("inf"))
-            skipped = tl.load(skipped_mass + tl.cast(tile, tl.int64) * all_rows + places, mask=row_mask, other=0.0) != 0.0
+            skipped = (
+                tl.load(skipped_mass + tl.cast(tile, tl.int64) * all_rows + places, mask=row_mask, other=0.0) != 0.0
+            )
             scale = tl.abs(tl.load(grad_lse + places, mask=row_mask, other=0.0))
             scale = scale * tl.where(skipped, 1.0 + EVERYWHERE, EVERYWHERE)
             p = exp(x - row_lse[:, None]) * scale[:, None]

@@ -1,23 +1,25 @@
-"""The backward over the rows that each vocabulary tile lists. `kernels/lists.py` says what the lists hold.
+"""The backward over the rows listed for each vocabulary tile. `kernels/lists.py` says what lists, slots, rounds are.
 
     dz[n, v]       = (p[n, v] * grad_lse[n] + [v == target[n]] * grad_picked[n]) * f'(z[n, v])      of listed rows
     grad_weight[v] = sum over n of dz[n, v] * hidden[n]  +  share[v] * skipped_hidden[tile of v]
     grad_hidden[n] = sum over v of dz[n, v] * weight[v] + sum over tiles: skipped_mass[tile, n] * skipped_weight[tile]
 
-Of what a row does not list only its probability mass in the tile is known. Its place within the tile is taken to be
-`share`, the same for all rows. One kernel computes dz of a round, slot by slot, into the workspace; then one kernel
+Where a row is not listed only its probability mass in the tile is known. Its place within the tile is taken to be
+`share`, the same for all rows. One kernel computes dz of a round, block by block, into the workspace; then one kernel
 for each gradient multiplies. A block of grad_weight is owned by one program, which adds in a fixed order. To
-grad_hidden many tiles add at once: in fixed point, where the order does not matter.
+grad_hidden many tiles add at once: in fixed point, where the order does not matter, two columns at a time.
 """
 
 import triton
 import triton.language as tl
 
 from .pointwise import exp
-from .tile import gather_rows, load_block, position_in_tile
+from .tile import gather_rows, load_block, position_in_tile, tile_position
 
 FIXED_POINT_ONE = tl.constexpr(2.0**30)  # of int32; the sum of all |summands| of an element stays below it
 SMALLEST_UNIT = tl.constexpr(2.0**-120)  # of the fixed point, so that its reciprocal is a float32
+# Additions in memory are several times slower outside of the L2 cache, so a part of the columns is done at a time.
+DEPTHS_AT_ONCE = tl.constexpr(3)
 
 
 @triton.jit
@@ -33,8 +35,19 @@ def fixed_point_unit(grad_lse, grad_picked, lse, weight_peak, slope_bound):
     return tl.where(lse == lse, unit, lse)
 
 
-@triton.jit(do_not_specialize=["round_index", "num_columns", "ignore_index"])
-def slot_gradient_kernel(
+@triton.jit
+def round_blocks(counts, tile_start, round_tiles, round_index, num_tiles, BLOCK_N: tl.constexpr):
+    """(first tile, tiles, slots of the dense rows, their blocks, first slot of the tiles' own lists, how many)."""
+    first_tile = tl.load(round_tiles + round_index)
+    last_tile = tl.load(round_tiles + round_index + 1)
+    dense_slots = tl.cdiv(tl.load(counts + num_tiles), BLOCK_N)
+    first_slot = tl.load(tile_start + first_tile)
+    tiles = last_tile - first_tile
+    return first_tile, tiles, dense_slots, tiles * dense_slots, first_slot, tl.load(tile_start + last_tile) - first_slot
+
+
+@triton.jit(do_not_specialize=["round_index", "num_tiles", "num_columns", "ignore_index"])
+def block_gradient_kernel(
     hidden,  # pointer, [N, D]
     weight,  # TMA descriptor or pointer, [V, D]
     bias,  # [V]
@@ -42,11 +55,14 @@ def slot_gradient_kernel(
     lse,  # [N]
     grad_lse,  # [N]
     grad_picked,  # [N]
-    dz,  # TMA descriptor or pointer, [slots of a round * BLOCK_N, BLOCK_V]
+    dz,  # TMA descriptor or pointer, [blocks of a round * BLOCK_N, BLOCK_V]
+    counts,
     slot_rows,
     slot_tile,
-    round_slots,
+    tile_start,
+    round_tiles,
     round_index,
+    num_tiles,
     num_columns,
     width,
     ignore_index,
@@ -64,14 +80,23 @@ def slot_gradient_kernel(
     BLOCK_D: tl.constexpr,
     NUM_PROGRAMS: tl.constexpr,
 ):
-    """dz of the slots of a round."""
-    first = tl.load(round_slots + round_index)
-    count = tl.load(round_slots + round_index + 1) - first
-    for slot in tl.range(tl.program_id(0), count, NUM_PROGRAMS):
-        column = tl.load(slot_tile + first + slot) * BLOCK_V
+    """dz of the blocks of a round."""
+    first_tile, tiles, dense_slots, dense_blocks, first_slot, own_slots = round_blocks(
+        counts, tile_start, round_tiles, round_index, num_tiles, BLOCK_N
+    )
+    for work in tl.range(tl.program_id(0), dense_blocks + own_slots, NUM_PROGRAMS):
+        if work < dense_blocks:
+            slot, tile_in_round = tile_position(work, dense_slots, tiles)
+            tile = first_tile + tile_in_round
+            block = tile_in_round * dense_slots + slot
+        else:
+            slot = first_slot + work - dense_blocks
+            tile = tl.load(slot_tile + slot)
+            block = work
+        column = tile * BLOCK_V
         columns = column + tl.arange(0, BLOCK_V)
         column_mask = columns < num_columns
-        listed = tl.load(slot_rows + (first + slot).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))
+        listed = tl.load(slot_rows + slot.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))
         row_mask = listed >= 0
         rows = tl.maximum(listed, 0)
         row_lse = tl.load(lse + rows)
@@ -98,25 +123,27 @@ def slot_gradient_kernel(
         # what lies outside of the logits must not add to the products
         gradient = tl.where(row_mask[:, None] & column_mask[None, :], dx * slope, 0.0)
         if USE_TMA:
-            dz.store([slot * BLOCK_N, 0], gradient.to(dz.dtype))
+            dz.store([block * BLOCK_N, 0], gradient.to(dz.dtype))
         else:
-            slot_row = (slot * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-            offsets = slot_row[:, None] * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
+            block_rows = (block * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+            offsets = block_rows[:, None] * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
             tl.store(dz + offsets, gradient.to(dz.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["round_index", "num_columns"])
+@triton.jit(do_not_specialize=["round_index", "num_tiles", "num_columns"])
 def weight_gradient_kernel(
     hidden,  # pointer, [N, D]
-    dz,  # TMA descriptor or pointer, [slots of a round * BLOCK_N, BLOCK_V]
+    dz,  # TMA descriptor or pointer, [blocks of a round * BLOCK_N, BLOCK_V]
     share,  # [V]
     skipped_hidden,  # [tiles, D], float32: sum over n of skipped_mass[tile, n] * hidden[n]
     grad_peak,  # one number, by which skipped_mass is divided
     grad_weight,  # [V, D], contiguous
+    counts,
     slot_rows,  # with BLOCK_N more at the end
     tile_start,
     round_tiles,
     round_index,
+    num_tiles,
     num_columns,
     width,
     stride_hn,
@@ -128,30 +155,36 @@ def weight_gradient_kernel(
     STEP: tl.constexpr,  # rows of one step of the inner product, a divisor of BLOCK_N
     NUM_PROGRAMS: tl.constexpr,
 ):
-    """A program completes a block [BLOCK_V, BLOCK_D] of grad_weight: the sum over the slots of its tile."""
+    """A program completes a block [BLOCK_V, BLOCK_D] of grad_weight: the sum over the blocks of its tile."""
     STEPS: tl.constexpr = BLOCK_N // STEP
-    first_tile = tl.load(round_tiles + round_index)
-    num_tiles = tl.load(round_tiles + round_index + 1) - first_tile
-    first_slot = tl.load(tile_start + first_tile)
+    first_tile, tiles, dense_slots, dense_blocks, first_slot, _ = round_blocks(
+        counts, tile_start, round_tiles, round_index, num_tiles, BLOCK_N
+    )
     depth_blocks = tl.cdiv(width, BLOCK_D)
+    dense_steps = dense_slots * STEPS
     peak = tl.load(grad_peak)
-    for work in tl.range(tl.program_id(0), num_tiles * depth_blocks, NUM_PROGRAMS):
-        tile = first_tile + work // depth_blocks
+    for work in tl.range(tl.program_id(0), tiles * depth_blocks, NUM_PROGRAMS):
+        tile_in_round = work // depth_blocks
+        tile = first_tile + tile_in_round
         depth = (work % depth_blocks) * BLOCK_D
         slot = tl.load(tile_start + tile)
-        count = tl.load(tile_start + tile + 1) - slot
+        steps = dense_steps + (tl.load(tile_start + tile + 1) - slot) * STEPS
         total = tl.zeros((BLOCK_V, BLOCK_D), dtype=tl.float32)
-        listed = slot_rows + slot.to(tl.int64) * BLOCK_N + tl.arange(0, STEP)
+        # where step 0 would be, had the dense rows no list and no blocks of their own
+        own_rows = slot_rows + (slot.to(tl.int64) * STEPS - dense_steps) * STEP + tl.arange(0, STEP)
+        own_block = dense_blocks + slot - first_slot - dense_slots
         # the next rows are looked up a step ahead: loads that wait for an index can't be pipelined
-        rows = tl.load(listed)
-        for step in range(count * STEPS):
+        rows = tl.load(tl.where(dense_steps > 0, slot_rows + tl.arange(0, STEP), own_rows))
+        for step in range(steps):
             h = gather_rows(hidden, tl.maximum(rows, 0), depth, width, stride_hn, stride_hd, BLOCK_D)
-            rows = tl.load(listed + (step + 1) * STEP)
-            slot_row = (slot - first_slot) * BLOCK_N + step * STEP
+            is_dense = step < dense_steps
+            block_row = tl.where(is_dense, tile_in_round * dense_slots, own_block) * BLOCK_N + step * STEP
+            dense_rows = slot_rows + (step + 1) * STEP + tl.arange(0, STEP)
+            rows = tl.load(tl.where(step + 1 < dense_steps, dense_rows, own_rows + (step + 1) * STEP))
             if USE_TMA:
-                g = dz.load([slot_row, 0])
+                g = dz.load([block_row, 0])
             else:
-                g = load_block(dz, slot_row, 0, slot_row + STEP, BLOCK_V, BLOCK_V, 1, STEP, BLOCK_V)
+                g = load_block(dz, block_row, 0, block_row + STEP, BLOCK_V, BLOCK_V, 1, STEP, BLOCK_V)
             total = tl.dot(g.T, h, total, input_precision="ieee")
         columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
         depths = depth + tl.arange(0, BLOCK_D)
@@ -167,24 +200,22 @@ def weight_gradient_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["round_index", "row_blocks", "num_columns"])
+@triton.jit(do_not_specialize=["round_index", "num_tiles", "num_columns"])
 def hidden_gradient_kernel(
     weight,  # TMA descriptor or pointer, [V, D]
-    dz,  # TMA descriptor or pointer, [slots of a round * BLOCK_N, BLOCK_V]
+    dz,  # TMA descriptor or pointer, [blocks of a round * BLOCK_N, BLOCK_V]
     lse,  # [N]
     grad_lse,  # [N]
     grad_picked,  # [N]
     weight_peak,
-    fixed,  # [N, D], int32, contiguous: added to
+    fixed,  # [N, ceil(D / 2)], int64, contiguous: added to, column 2i + 1 in the upper and 2i in the lower half
+    counts,
     slot_rows,
     slot_tile,
-    dense,
-    dense_tiles,
     tile_start,
-    round_slots,
-    round_dense,
+    round_tiles,
     round_index,
-    row_blocks,
+    num_tiles,
     num_columns,
     width,
     slope_bound,
@@ -197,64 +228,60 @@ def hidden_gradient_kernel(
     STEP: tl.constexpr,  # columns of one step of the inner product, a divisor of BLOCK_V
     NUM_PROGRAMS: tl.constexpr,
 ):
-    """A program multiplies a chain of slots with the same rows, then adds once to the gradient of these rows.
+    """A program multiplies a chain of blocks with the same rows, then adds once to the gradient of these rows.
 
-    A slot of a tile that is not dense is a chain of its own. The slots of the dense tiles form row_blocks chains.
+    The blocks of a slot of dense rows form one chain; they come first, for they are long. Every other block is a chain.
     """
     STEPS: tl.constexpr = BLOCK_V // STEP
-    first_slot = tl.load(round_slots + round_index)
-    slots = tl.load(round_slots + round_index + 1) - first_slot
-    first_dense = tl.load(round_dense + round_index)
-    dense_count = tl.load(round_dense + round_index + 1) - first_dense
-    dense_chains = tl.where(dense_count > 0, row_blocks, 0)
+    first_tile, tiles, dense_slots, dense_blocks, first_slot, own_slots = round_blocks(
+        counts, tile_start, round_tiles, round_index, num_tiles, BLOCK_N
+    )
     depth_blocks = tl.cdiv(width, BLOCK_D)
-    for work in tl.range(tl.program_id(0), (dense_chains + slots) * depth_blocks, NUM_PROGRAMS):
-        chain = work // depth_blocks
-        depth = (work % depth_blocks) * BLOCK_D
-        in_dense = chain < dense_chains
-        if in_dense:
-            tile = tl.load(dense_tiles + first_dense)
-            slot = tl.load(tile_start + tile) + chain
-            # there may be fewer rows with a gradient than rows
-            count = tl.where(slot < tl.load(tile_start + tile + 1), dense_count, 0)
+    dense_work = tl.where(tiles > 0, dense_slots * depth_blocks, 0)
+    for work in tl.range(tl.program_id(0), dense_work + own_slots * depth_blocks, NUM_PROGRAMS):
+        if work < dense_work:
+            slot = work // depth_blocks
+            depth = (work % depth_blocks) * BLOCK_D
+            block, blocks, apart = slot, tiles, dense_slots
+            tile = first_tile
         else:
-            slot = first_slot + chain - dense_chains
+            group = (work - dense_work) // (own_slots * DEPTHS_AT_ONCE)
+            within = (work - dense_work) % (own_slots * DEPTHS_AT_ONCE)
+            depths_here = tl.minimum(depth_blocks - group * DEPTHS_AT_ONCE, DEPTHS_AT_ONCE)
+            depth = (group * DEPTHS_AT_ONCE + within % depths_here) * BLOCK_D
+            slot = first_slot + within // depths_here
+            block, blocks, apart = dense_blocks + slot - first_slot, 1, 0
             tile = tl.load(slot_tile + slot)
-            count = tl.where(tl.load(dense + tile), 0, 1)
-        if count > 0:
-            listed = tl.load(slot_rows + slot.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))
-            total = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-            for step in range(count * STEPS):
-                inner = (step % STEPS) * STEP
-                slot_row = (slot - first_slot) * BLOCK_N
-                column = tile * BLOCK_V + inner
-                # looked up a step ahead, without a branch: what waits for either can't be pipelined
-                next_tile = tl.load(dense_tiles + first_dense + (step + 1) // STEPS, mask=in_dense, other=0)
-                tile = tl.where(in_dense, next_tile, tile)
-                slot = tl.where(in_dense, tl.load(tile_start + next_tile) + chain, slot)
-                if USE_TMA:
-                    g = dz.load([slot_row, inner])
-                    w = weight.load([column, depth])
-                else:
-                    g = load_block(dz, slot_row, inner, slot_row + BLOCK_N, BLOCK_V, BLOCK_V, 1, BLOCK_N, STEP)
-                    w = load_block(weight, column, depth, num_columns, width, stride_wv, stride_wd, STEP, BLOCK_D)
-                total = tl.dot(g, w, total, input_precision="ieee")
-            row_mask = listed >= 0
-            rows = tl.maximum(listed, 0)
-            unit = fixed_point_unit(
-                tl.load(grad_lse + rows), tl.load(grad_picked + rows), tl.load(lse + rows), weight_peak, slope_bound
-            )
-            depths = depth + tl.arange(0, BLOCK_D)
-            offsets = rows[:, None].to(tl.int64) * width + depths[None, :]
-            summand = tl.floor(total * (1.0 / unit)[:, None] + 0.5).to(tl.int32)
-            tl.atomic_add(
-                fixed + offsets, summand, mask=row_mask[:, None] & (depths < width)[None, :], sem="relaxed"
-            )
+        total = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+        for step in range(blocks * STEPS):
+            inner = (step % STEPS) * STEP
+            block_row = (block + (step // STEPS) * apart) * BLOCK_N
+            column = (tile + step // STEPS) * BLOCK_V + inner
+            if USE_TMA:
+                g = dz.load([block_row, inner])
+                w = weight.load([column, depth])
+            else:
+                g = load_block(dz, block_row, inner, block_row + BLOCK_N, BLOCK_V, BLOCK_V, 1, BLOCK_N, STEP)
+                w = load_block(weight, column, depth, num_columns, width, stride_wv, stride_wd, STEP, BLOCK_D)
+            total = tl.dot(g, w, total, input_precision="ieee")
+        listed = tl.load(slot_rows + slot.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))
+        row_mask = listed >= 0
+        rows = tl.maximum(listed, 0)
+        unit = fixed_point_unit(
+            tl.load(grad_lse + rows), tl.load(grad_picked + rows), tl.load(lse + rows), weight_peak, slope_bound
+        )
+        summand = tl.floor(total * (1.0 / unit)[:, None] + 0.5).to(tl.int32)
+        even, odd = tl.split(tl.reshape(summand, (BLOCK_N, BLOCK_D // 2, 2)))
+        both = (odd.to(tl.int64) << 32) + even.to(tl.int64)
+        pairs = depth // 2 + tl.arange(0, BLOCK_D // 2)
+        row_pairs = tl.cdiv(width, 2)
+        offsets = rows[:, None].to(tl.int64) * row_pairs + pairs[None, :]
+        tl.atomic_add(fixed + offsets, both, mask=row_mask[:, None] & (pairs < row_pairs)[None, :], sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def complete_hidden_kernel(
-    fixed,  # [N, D], int32
+    fixed,  # [N, ceil(D / 2)], int64
     skipped,  # [N, D]: sum over tiles of skipped_mass[tile, n] * skipped_weight[tile]
     lse,  # [N]
     grad_lse,  # [N]
@@ -277,6 +304,9 @@ def complete_hidden_kernel(
         depths = depth + tl.arange(0, BLOCK_D)
         mask = depths < width
         offsets = row.to(tl.int64) * width + depths
-        computed = tl.load(fixed + offsets, mask=mask, other=0).to(tl.float32) * unit
+        both = tl.load(fixed + row.to(tl.int64) * tl.cdiv(width, 2) + depths // 2, mask=mask, other=0)
+        even = both.to(tl.int32)  # the sum of the even columns may have borrowed from the upper half
+        odd = ((both - even.to(tl.int64)) >> 32).to(tl.int32)
+        computed = tl.where(depths % 2 == 0, even, odd).to(tl.float32) * unit
         put_back = tl.load(skipped + offsets, mask=mask, other=0.0).to(tl.float32) * peak
         tl.store(grad_hidden + offsets, (computed + put_back).to(grad_hidden.dtype.element_ty), mask=mask)

@@ -18,14 +18,14 @@ from ..kernels import template
 from ..kernels.config import product_config, tile_config
 from ..kernels.share import share_kernel
 from ..kernels.sparse import (
+    block_gradient_kernel,
     complete_hidden_kernel,
     hidden_gradient_kernel,
-    slot_gradient_kernel,
     weight_gradient_kernel,
 )
 from .launch import can_use_tma, device_properties, interpretable
 from .problem import Problem
-from .row_lists import RowLists
+from .row_lists import RowLists, most_blocks_of_a_tile
 
 LEAST_FLOPS = 10**12  # of the logits, one to two milliseconds: as long as the host takes to start the kernels
 SAMPLED_ROWS = 512  # from which the share of each token in its tile is estimated
@@ -49,12 +49,12 @@ def backward(
     empty = problem.hidden.new_empty(0)
     grad_hidden, grad_weight, fixed, skipped_hidden = empty, empty, empty, empty
     if needs_grad[0]:
-        fixed = torch.zeros(problem.hidden.shape, dtype=torch.int32, device=lse.device)
+        fixed = torch.zeros(problem.num_rows, -(-problem.width // 2), dtype=torch.int64, device=lse.device)
     if needs_grad[1]:
         skipped_hidden = _float32_product(sparse.lists.skipped_mass, problem.hidden)
         grad_weight = torch.empty(problem.weight.shape, dtype=problem.weight.dtype, device=lse.device)
     for round_index in range(sparse.lists.rounds):
-        sparse.compute_slots(round_index)
+        sparse.compute_blocks(round_index)
         if needs_grad[1]:
             sparse.complete_weight(round_index, skipped_hidden, grad_weight)
         if needs_grad[0]:
@@ -71,9 +71,7 @@ def _float32_product(a: Tensor, b: Tensor) -> Tensor:
 class _SparseBackward:
     """The kernels of one sparse backward with the operands that they share."""
 
-    def __init__(
-        self, problem: Problem, lse: Tensor, tile_lse: Tensor, grad_lse: Tensor, grad_picked: Tensor
-    ) -> None:
+    def __init__(self, problem: Problem, lse: Tensor, tile_lse: Tensor, grad_lse: Tensor, grad_picked: Tensor) -> None:
         self.problem, self.lse, self.grad_lse, self.grad_picked = problem, lse, grad_lse, grad_picked
         capability, self.processors = device_properties(lse.device)
         self.config, self.products = tile_config(capability, backward=True), product_config(capability)
@@ -82,15 +80,15 @@ class _SparseBackward:
         self.tma = can_use_tma(self.weight)
         self.function = template.load(problem.logit_map).value_and_slope
 
-        self.row_blocks = -(-problem.num_rows // self.config.block_n)
-        slot_bytes = self.config.block_n * self.config.block_v * problem.compute_dtype.itemsize
-        slots = max(problem.workspace_bytes // slot_bytes, self.row_blocks)
-        slots = min(slots, tile_lse.shape[0] * self.row_blocks)
-        self.lists = RowLists.of(problem, lse, tile_lse, grad_lse, grad_picked, slots)
-        self.dz = self.hidden.new_empty(slots * self.config.block_n, self.config.block_v)
-        self._estimate_shares(tile_lse.shape[0])
+        self.tiles = len(tile_lse)
+        most = most_blocks_of_a_tile(problem.num_rows, self.config.block_n)
+        block_bytes = self.config.block_n * self.config.block_v * problem.compute_dtype.itemsize
+        blocks = min(max(problem.workspace_bytes // block_bytes, most), self.tiles * most)
+        self.lists = RowLists.of(problem, lse, tile_lse, grad_lse, grad_picked, blocks)
+        self.dz = self.hidden.new_empty(blocks * self.config.block_n, self.config.block_v)
+        self._estimate_shares()
 
-    def _estimate_shares(self, tiles: int) -> None:
+    def _estimate_shares(self) -> None:
         """How a tile's skipped mass is spread over its columns, from evenly spaced rows."""
         problem, config = self.problem, self.config
         step = max(1, problem.num_rows // SAMPLED_ROWS)
@@ -98,9 +96,9 @@ class _SparseBackward:
         hidden = self.hidden[sample]
         tma = can_use_tma(hidden, self.weight)
         self.share = torch.empty(problem.vocab_size, dtype=torch.float32, device=hidden.device)
-        self.skipped_weight = hidden.new_empty(tiles, problem.width, dtype=problem.compute_dtype)
+        self.skipped_weight = hidden.new_empty(self.tiles, problem.width, dtype=problem.compute_dtype)
         self.weight_peak = torch.zeros(1, dtype=torch.int32, device=hidden.device)
-        programs = min(tiles, self.processors)
+        programs = min(self.tiles, self.processors)
         share_kernel[(programs,)](
             **self._weight_operand(tma, config.block_v, config.block_d),
             **self._logits(),
@@ -108,12 +106,12 @@ class _SparseBackward:
             lse=self.lse[sample],
             grad_lse=self.grad_lse[sample],
             skipped_mass=self.lists.skipped_mass[:, sample],
-            dense=self.lists.dense,
+            skips=self.lists.skips,
             share=self.share,
             skipped_weight=self.skipped_weight,
             weight_peak=self.weight_peak,
             num_rows=hidden.shape[0],
-            num_tiles=tiles,
+            num_tiles=self.tiles,
             all_rows=problem.num_rows,
             row_step=step,
             stride_hn=hidden.stride(0),
@@ -121,10 +119,10 @@ class _SparseBackward:
             NUM_PROGRAMS=programs,
         )
 
-    def compute_slots(self, round_index: int) -> None:
-        """dz of the slots of a round into the workspace."""
+    def compute_blocks(self, round_index: int) -> None:
+        """dz of the blocks of a round into the workspace."""
         problem, config = self.problem, self.config
-        slot_gradient_kernel[(self.processors,)](
+        block_gradient_kernel[(self.processors,)](
             **self._weight_operand(self.tma, config.block_v, config.block_d),
             **self._logits(),
             hidden=self.hidden,
@@ -132,67 +130,56 @@ class _SparseBackward:
             lse=self.lse,
             grad_lse=self.grad_lse,
             grad_picked=self.grad_picked,
-            dz=self._slots(config.block_n, config.block_v),
-            slot_rows=self.lists.slot_rows,
+            dz=self._dz_blocks(config.block_n, config.block_v),
             slot_tile=self.lists.slot_tile,
-            round_slots=self.lists.round_slots,
-            round_index=round_index,
             ignore_index=problem.ignore_index or 0,
             stride_hn=self.hidden.stride(0),
             stride_hd=self.hidden.stride(1),
             HAS_TARGET=problem.target is not None,
             HAS_IGNORE_INDEX=problem.ignore_index is not None,
-            NUM_PROGRAMS=self.processors,
+            **self._round(round_index),
         )
 
     def complete_weight(self, round_index: int, skipped_hidden: Tensor, grad_weight: Tensor) -> None:
         """The rows of the weight's gradient that belong to the tiles of a round."""
         weight_gradient_kernel[(self.processors,)](
             hidden=self.hidden,
-            dz=self._slots(self.products.step, self.config.block_v),
+            dz=self._dz_blocks(self.products.step, self.config.block_v),
             share=self.share,
             skipped_hidden=skipped_hidden,
             grad_peak=self.lists.grad_peak,
             grad_weight=grad_weight,
-            slot_rows=self.lists.slot_rows,
-            tile_start=self.lists.tile_start,
-            round_tiles=self.lists.round_tiles,
             stride_hn=self.hidden.stride(0),
             stride_hd=self.hidden.stride(1),
             BLOCK_D=self.products.weight_depth,
-            **self._product(round_index),
+            **self._product(),
+            **self._round(round_index),
         )
 
     def add_hidden(self, round_index: int, fixed: Tensor) -> None:
-        """Adds the slots of a round to the gradient of the hidden states [N, D], in fixed point."""
-        lists, products = self.lists, self.products
+        """Adds the blocks of a round to the gradient of the hidden states, in fixed point."""
+        products = self.products
         hidden_gradient_kernel[(self.processors,)](
             weight=self._blocks_of(self.tma, self.weight, products.step, products.hidden_depth),
-            dz=self._slots(self.config.block_n, products.step),
+            dz=self._dz_blocks(self.config.block_n, products.step),
             lse=self.lse,
             grad_lse=self.grad_lse,
             grad_picked=self.grad_picked,
             weight_peak=self.weight_peak,
             fixed=fixed,
-            slot_rows=lists.slot_rows,
-            slot_tile=lists.slot_tile,
-            dense=lists.dense,
-            dense_tiles=lists.dense_tiles,
-            tile_start=lists.tile_start,
-            round_slots=lists.round_slots,
-            round_dense=lists.round_dense,
-            row_blocks=self.row_blocks,
+            slot_tile=self.lists.slot_tile,
             slope_bound=self.problem.logit_map.slope_bound,
             stride_wv=self.weight.stride(0),
             stride_wd=self.weight.stride(1),
             BLOCK_D=products.hidden_depth,
-            **self._product(round_index),
+            **self._product(),
+            **self._round(round_index),
         )
 
     def complete_hidden(self, fixed: Tensor) -> Tensor:
         """The gradient of the hidden states, from what all rounds added and what was skipped."""
         problem, lists = self.problem, self.lists
-        grad_hidden = torch.empty(fixed.shape, dtype=problem.hidden_dtype, device=fixed.device)
+        grad_hidden = torch.empty(problem.hidden.shape, dtype=problem.hidden_dtype, device=fixed.device)
         complete_hidden_kernel[(problem.num_rows,)](
             fixed=fixed,
             skipped=lists.skipped_mass.T @ self.skipped_weight,
@@ -212,7 +199,7 @@ class _SparseBackward:
     def _blocks_of(self, tma: bool, tensor: Tensor, rows: int, columns: int) -> Tensor | TensorDescriptor:
         return TensorDescriptor.from_tensor(tensor, [rows, columns]) if tma else tensor
 
-    def _slots(self, rows: int, columns: int) -> Tensor | TensorDescriptor:
+    def _dz_blocks(self, rows: int, columns: int) -> Tensor | TensorDescriptor:
         return self._blocks_of(self.tma, self.dz, rows, columns)
 
     def _weight_operand(self, tma: bool, rows: int, columns: int) -> dict[str, Any]:
@@ -239,17 +226,27 @@ class _SparseBackward:
             "num_stages": config.num_stages,
         }
 
-    def _product(self, round_index: int) -> dict[str, Any]:
+    def _product(self) -> dict[str, Any]:
         """The arguments that the two kernels for products have in common."""
         return {
-            "round_index": round_index,
             "num_columns": self.problem.vocab_size,
             "width": self.problem.width,
             "USE_TMA": self.tma,
             "BLOCK_N": self.config.block_n,
             "BLOCK_V": self.config.block_v,
             "STEP": self.products.step,
-            "NUM_PROGRAMS": self.processors,
             "num_warps": self.config.num_warps,
             "num_stages": self.config.num_stages,
+        }
+
+    def _round(self, round_index: int) -> dict[str, Any]:
+        """The arguments of a kernel that works on the blocks of a round."""
+        return {
+            "counts": self.lists.counts,
+            "slot_rows": self.lists.slot_rows,
+            "tile_start": self.lists.tile_start,
+            "round_tiles": self.lists.round_tiles,
+            "round_index": round_index,
+            "num_tiles": self.tiles,
+            "NUM_PROGRAMS": self.processors,
         }

@@ -45,6 +45,13 @@ def tile_lse(case, problem):
     return torch.stack([tile.logsumexp(1) for tile in x.split(TILE_WIDTH, dim=1)]).float()
 
 
+def all_active(problem, lse, tiles, grads):
+    """[tiles, N]: the tiles that each row needs, with no row dense."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row_lists, "DENSE_SHARE", 1.0)
+        return row_lists._active(problem, lse, tiles, grads[0], grads[1], TILE_WIDTH)[0][:-1]
+
+
 @given(
     rows=st.integers(1, 70),
     vocab=st.integers(1, 150),
@@ -85,7 +92,7 @@ def test_what_a_row_skips_stays_within_the_budget_and_never_its_target(mass):
     case = make(50, 150, 24)
     problem = case.problem(approximate_mass=mass)
     lse, tiles = cuda.forward(problem)[0], tile_lse(case, problem)
-    active = row_lists._active(problem, lse, tiles, case.grads[0], case.grads[1], TILE_WIDTH)[0][:-1]
+    active = all_active(problem, lse, tiles, case.grads)
     counts = case.targets != -100
     skipped = torch.where(active, 0.0, torch.exp(tiles - lse)).sum(0)[counts]
     assert (skipped <= mass * (1 + 1e-5)).all()
@@ -138,31 +145,37 @@ def test_lists_hold_each_needed_pair_once_and_rounds_fit_in_the_workspace(rows, 
     case = make(rows, vocab, 16, seed=seed)
     problem = case.problem(approximate_mass=mass)
     lse, tiles = cuda.forward(problem)[0], tile_lse(case, problem)
-    active, counts = row_lists._active(problem, lse, tiles, case.grads[0], case.grads[1], TILE_WIDTH)
-    assert torch.equal(counts, active.sum(1))
-    slots = -(-rows // TILE_ROWS) + extra
+    needed = all_active(problem, lse, tiles, case.grads)
+    most = row_lists.most_blocks_of_a_tile(rows, TILE_ROWS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(row_lists, "DENSE_SHARE", dense_share)
-        lists = RowLists.of(problem, lse, tiles, case.grads[0], case.grads[1], slots)
+        active, counts = row_lists._active(problem, lse, tiles, case.grads[0], case.grads[1], TILE_WIDTH)
+        lists = RowLists.of(problem, lse, tiles, case.grads[0], case.grads[1], most + extra)
+    *own, dense = active
+    assert torch.equal(dense, needed.sum(0) > dense_share * len(tiles))
+    assert torch.equal(torch.stack(own), needed & ~dense)
+    assert torch.equal(counts, active.sum(1))
 
-    for tile, (needed, start, end) in enumerate(zip(active, lists.tile_start, lists.tile_start[1:], strict=False)):
-        dense = needed.sum() > dense_share * active[-1].sum()
-        assert lists.dense[tile] == dense
-        listed = (active[-1] if dense else needed).nonzero().squeeze(1)
-        span = lists.slot_rows[start * TILE_ROWS : end * TILE_ROWS]
-        assert len(span) == -(-len(listed) // TILE_ROWS) * TILE_ROWS
-        assert torch.equal(span[: len(listed)], listed.int())
-        assert (span[len(listed) :] == -1).all()
-        assert (lists.slot_tile[start:end] == tile).all()
-        in_list = torch.zeros(rows, dtype=torch.bool).index_fill_(0, listed, True)
-        wanted = torch.where(in_list, 0.0, torch.exp(tiles[tile] - lse) * case.grads[0] / case.grads[0].abs().max())
-        torch.testing.assert_close(lists.skipped_mass[tile], wanted.nan_to_num(), rtol=1e-5, atol=1e-12)
-        if tile == len(tiles) - 1:
-            break
+    starts = lists.tile_start.tolist()
+    assert_list(lists, dense, 0, starts[0])
+    for tile, rows_of_tile in enumerate(own):
+        assert_list(lists, rows_of_tile, starts[tile], starts[tile + 1])
+        assert (lists.slot_tile[starts[tile] : starts[tile + 1]] == tile).all()
+    mass = torch.exp(tiles - lse) * case.grads[0] / case.grads[0].abs().max()
+    wanted = torch.where(needed | dense, 0.0, mass.nan_to_num())
+    torch.testing.assert_close(lists.skipped_mass, wanted, rtol=1e-5, atol=1e-12)
+    assert torch.equal(lists.skips, (~needed & ~dense & (case.grads[0] != 0)).any(1))
 
-    assert lists.dense_tiles[: lists.round_dense[-1]].tolist() == lists.dense.nonzero().squeeze(1).tolist()
     assert lists.round_tiles[[0, -1]].tolist() == [0, len(tiles)]
-    assert (lists.round_slots.diff() <= slots).all()
-    assert torch.equal(lists.round_slots, lists.tile_start[lists.round_tiles.long()])
-    before = lists.dense.cumsum(0).tolist()
-    assert lists.round_dense.tolist() == [before[tile - 1] if tile > 0 else 0 for tile in lists.round_tiles]
+    blocks = lists.tile_start.diff() + starts[0]
+    for first, last in zip(lists.round_tiles, lists.round_tiles[1:], strict=False):
+        assert blocks[first:last].sum() <= most + extra
+
+
+def assert_list(lists, listed, start, end):
+    """The slots from start to end hold the true elements of `listed`, in order, and are filled up."""
+    span = lists.slot_rows[start * TILE_ROWS : end * TILE_ROWS]
+    count = listed.sum()
+    assert len(span) == -(-count // TILE_ROWS) * TILE_ROWS
+    assert torch.equal(span[:count], listed.nonzero().squeeze(1).int())
+    assert (span[count:] == -1).all()
