@@ -13,7 +13,7 @@ from .data import DATA
 from .heads import Budget, Case, Row
 from .methods import METHODS
 from .models import MODELS
-from .shapes import DTYPES, SHAPES, Shape
+from .shapes import DTYPES, SHAPES, Shape, parse_shapes
 
 SCALING_METHODS = "compile,cce,cce-approx"
 
@@ -32,7 +32,7 @@ def parse_arguments() -> argparse.Namespace:
     what.add_argument("--train", action="store_true", help="measure whole training steps instead")
     what.add_argument("--describe", action="store_true", help="print statistics of the data instead")
     parser.add_argument(
-        "--shapes", nargs="+", default=["gemma2-2b"] if device == "cuda" else ["tiny"], help="N,V,D or names, see below"
+        "--shapes", nargs="+", default=["gemma2-2b"] if device == "cuda" else ["tiny"], help="N,V,D, or names as below"
     )
     parser.add_argument("--data", type=_names(DATA), default=["trained"], help=f"of {', '.join(DATA)}")
     parser.add_argument("--head", type=Path, help="safetensors with hidden, classifier and targets, instead of shapes")
@@ -49,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--png", type=Path, help="draw time against memory there")
     arguments = parser.parse_args()
     try:
-        arguments.shapes = [Shape.parse(text) for text in arguments.shapes]
+        arguments.shapes = [shape for text in arguments.shapes for shape in parse_shapes(text)]
     except ValueError as error:
         parser.error(str(error))
     return arguments

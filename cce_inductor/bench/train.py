@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import cce_inductor
+
 from . import measure
 from .heads import Budget, Row, attempt
 from .models import MODELS, LanguageModel, Sizes
@@ -36,7 +38,8 @@ def run(
 def _measure(name: str, sizes: Sizes, device: str, batch: int, most: int, seconds: float, budget: Budget) -> Row:
     step = _step(name, sizes, device)
     begin = time.perf_counter()
-    step(batch)
+    with cce_inductor.capture_reports() as reports:
+        step(batch)
     _synchronize(device)
     first_seconds = time.perf_counter() - begin
     taken = measure.times(lambda: step(batch), device, seconds)
@@ -47,6 +50,7 @@ def _measure(name: str, sizes: Sizes, device: str, batch: int, most: int, second
         "tokens_per_s": 1000 * batch * sizes.seq_len / taken.median,
         "step_mib": peak,
         "first_step_s": first_seconds,
+        "rewrites": sum(len(report.rewritten) for report in reports),
     }
     if device == "cuda":
         row["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
