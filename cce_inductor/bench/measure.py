@@ -142,7 +142,7 @@ class Reference:
         rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
         for start in range(0, hidden.shape[0], rows):
             chunk = slice(start, start + rows)
-            h, scale = hidden[chunk].double(), counts[chunk, None] / number
+            h, scale = hidden[chunk].double(), counts[chunk, None].double() / number
             label = target[chunk, None].clamp_min(0)
             log_p = torch.log_softmax(h @ wide.T, 1)
             total -= (log_p.gather(1, label) * scale).sum()
