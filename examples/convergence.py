@@ -23,6 +23,7 @@ so that it can be made on another machine.
 import argparse
 import contextlib
 import json
+import math
 import statistics
 import sys
 import sysconfig
@@ -238,6 +239,8 @@ class Trainer:
 def affordable_steps(trainer: Trainer, ways: int, runs: int) -> int:
     """--steps, or fewer where --minutes don't reach. Two models are timed for that, with a cold and a warm cache."""
     args = trainer.args
+    if math.isinf(args.minutes):
+        return args.steps
     cold, _ = _start_and_step(trainer)
     warm, step = _start_and_step(trainer)
     left = 60 * args.minutes - ways * cold - runs * warm
@@ -344,7 +347,9 @@ def draw(runs: list[Run], title: str, path: Path) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--minutes", type=float, default=8.0, help="for all runs: fewer steps where they don't reach")
+    parser.add_argument(
+        "--minutes", type=float, default=8.0, help="for all runs: fewer steps where they don't reach; inf for no limit"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--ways", default=",".join(WAYS), help="comma-separated (default: %(default)s)")
     for name in SIZES["cpu"]:

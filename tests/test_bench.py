@@ -61,7 +61,8 @@ def test_every_method_is_measured_or_skipped_with_a_reason(monkeypatch, tmp_path
     printed = capsys.readouterr().out
     assert "N=1024 V=4160 D=64 trained" in printed
     assert "not installed" in printed
-    assert picture.read_bytes().startswith(b"\x89PNG") or by_name["eager"]["peak_mib"] is None
+    if measure.PEAK_RESET.exists():
+        assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_masked_rows_are_compared_with_none_masked(monkeypatch, tmp_path):

@@ -1,5 +1,6 @@
 """The convergence experiment runs at a size of seconds, and its verdicts follow from its losses."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -10,13 +11,24 @@ import pytest
 import torch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-TINY = {"steps": 10, "seeds": 1, "vocab": 4096, "batch": 8, "seq-len": 128, "width": 64, "device": "cpu", "minutes": 0}
+TINY = {
+    "steps": 10,
+    "seeds": 1,
+    "vocab": 4096,
+    "batch": 8,
+    "seq-len": 128,
+    "width": 64,
+    "device": "cpu",
+    "minutes": "inf",
+}
 
 
 @pytest.fixture
 def convergence(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
-    return pytest.importorskip("convergence")
+    import convergence
+
+    return convergence
 
 
 def test_it_trains_each_way_and_writes_what_it_prints(tmp_path):
@@ -61,6 +73,16 @@ def test_verdicts_compare_means_with_the_spread_of_exact(convergence):
         "dropped": (False, True),
     }
     assert answers["default"]["loss"]["difference"] == pytest.approx(0.2 / 3)
+
+
+def test_steps_are_what_the_minutes_allow(convergence, monkeypatch):
+    starts = iter([(40.0, 0.1), (5.0, 0.1)])  # seconds of a cold and a warm start, and of a step
+    monkeypatch.setattr(convergence, "_start_and_step", lambda _: next(starts))
+    args = argparse.Namespace(minutes=6, steps=900)
+    trainer = argparse.Namespace(args=args)
+    assert convergence.affordable_steps(trainer, ways=4, runs=12) == int((360 - 4 * 40 - 12 * 5) / 12 / 0.1)
+    args.minutes = float("inf")
+    assert convergence.affordable_steps(trainer, ways=4, runs=12) == 900
 
 
 def test_rare_tokens_make_up_a_tenth_of_the_held_out_text(convergence):
