@@ -18,10 +18,10 @@ The last two imitate the head of a real language model: 6 layers, V = 32768, D =
    for a factor of e^(1.2 * normal), as those of a BPE do.
 4. Targets are drawn from the softmax of the finished, rounded hidden states and weight.
 
-Matched: the two figures above (at D >= 2304 within a tenth), how entropy spreads over the rows, the curve of ranks up to
-K, and how much of the mass lies in the 64, 512 and 4096 first ids (0.33, 0.59, 0.83; "soft" has less there). With the real
-curves as they are (temperature 1, K = 128, tail 1) and V = 32768, D = 2304, the share of (row, 256 ids) pairs that rows
-need at a budget of 2^-3 is 0.14, of 2^-5 0.36; the real head has 0.12 and 0.30, so this data is a little less sparse.
+Matched: the two figures above (at D >= 2304 within a tenth), how entropy spreads over the rows, the curve of ranks up
+to K, and how much of the mass lies in the 64, 512 and 4096 first ids (0.33, 0.59, 0.83; "soft" has less there). With
+the real curves as they are (temperature 1, K = 128, tail 1) and V = 32768, D = 2304, the share of (row, 256 ids) pairs
+that rows need at a budget of 2^-3 is 0.14, of 2^-5 0.36. The real head has 0.12 and 0.30: less work, not more.
 Not matched: tokens have no meaning, so two rows share candidates by frequency alone; the count above 2^-12 ends at
 about K, where real rows reach 400; real heads have some hundred tokens that almost qualify, here they belong to an even
 rest. At D = 768 random rows of the weight are too close to each other: K is D / 12, and the rest of the
