@@ -42,6 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="sequences a step, for --train")
     parser.add_argument("--most", type=int, default=512, help="the largest batch to try, for --train")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16" if device == "cuda" else "fp32")
+    parser.add_argument("--tf32", action="store_true", help="let float32 products use TF32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
     parser.add_argument("--seconds", type=float, default=0.3, help="measuring time of each time")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds for all; what is left is skipped")
@@ -77,10 +78,12 @@ def _shares(text: str) -> list[float]:
 def main() -> None:
     arguments = parse_arguments()
     console = Console(width=160, soft_wrap=True)
-    about = show.conditions(arguments.device, arguments.dtype)
+    if arguments.tf32:
+        torch.set_float32_matmul_precision("high")
+    about = show.conditions(arguments.device, arguments.dtype + (", TF32" if arguments.tf32 else ""))
     console.print(", ".join(f"{name} {value}" for name, value in about.items()))
     if arguments.describe:
-        describe_all(arguments, console)
+        describe_all(arguments, about, console)
         return
     measured, line = _rows_and_line(arguments)
     rows: list[Row] = []
@@ -125,7 +128,7 @@ def cases(arguments: argparse.Namespace) -> list[Case]:
     ]
 
 
-def describe_all(arguments: argparse.Namespace, console: Console) -> None:
+def describe_all(arguments: argparse.Namespace, conditions: dict[str, str], console: Console) -> None:
     figures: list[dict[str, Any]] = []
     for case in cases(arguments):
         with torch.no_grad():
@@ -134,7 +137,7 @@ def describe_all(arguments: argparse.Namespace, console: Console) -> None:
         figures.append(about | describe.statistics(*(tensor.detach() for tensor in inputs)))
         console.print(describe.table(show.problem(about), figures[-1]))
         if arguments.json:
-            show.write_json(arguments.json, show.conditions(arguments.device, arguments.dtype), figures)
+            show.write_json(arguments.json, conditions, figures)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ class Profile:
     tail: float
 
 
-PROFILES = {"trained": Profile(0.92, 76, 0.45), "soft": Profile(1.4, 117, 1.0)}
+PROFILES = {"trained": Profile(0.92, 76, 0.45), "soft": Profile(1.4, 113, 1.0)}
 DATA = ("untrained", *PROFILES)
 
 RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
