@@ -25,7 +25,7 @@ that rows need at a budget of 2^-3 is 0.14, of 2^-5 0.36. The real head has 0.12
 Not matched: tokens have no meaning, so two rows share candidates by frequency alone; the count above 2^-12 ends at
 about K, where real rows reach 400; real heads have some hundred tokens that almost qualify, here they belong to an even
 rest. At D = 768 random rows of the weight are too close to each other: K is D / 12, and the rest of the
-vocabulary is heavier than it should be (count about 100 and 150). A real model is also overconfident: its targets
+vocabulary is heavier than it should be (count about 100 and 160). A real model is also overconfident: its targets
 rank a little lower.
 `python -m cce_inductor.bench --describe` prints what was achieved.
 """
