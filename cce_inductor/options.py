@@ -21,8 +21,9 @@ class Options:
         loss. 0 rewrites every problem.
     workspace_mib: scratch memory of the backward in MiB. More makes it faster up to a point.
     approximate_mass: how much of each row's probability mass the backward may approximate, from 0 (exact gradients)
-        to below 1. On a GPU, in bfloat16 and float16, it then skips the tiles of the softmax that matter least and
-        puts their mass back as rows spread it on average. Faster the more peaked the softmax is.
+        to below 1. On a GPU, in bfloat16 and float16, it then skips the tiles of the softmax that matter least, none
+        of them heavier than 1/128 of this, and puts their mass back as rows spread it on average. Faster the more
+        peaked the softmax is. Elsewhere gradients are always exact.
     on_refusal: what to do where a loss is found and can't be rewritten: "log" it, "warn" as well, or "raise"
         `RefusedError`. What is merely too small, or returns logits where no gradients are recorded, is only logged.
     """
@@ -32,7 +33,7 @@ class Options:
     min_logits_bytes: int = 16 << 20
     workspace_mib: int = 256
     on_refusal: OnRefusal = "log"
-    approximate_mass: float = 0.0
+    approximate_mass: float = 2.0**-4
 
     def __post_init__(self) -> None:
         """Raises TypeError or ValueError, naming the option, for a value that can't be used."""

@@ -227,13 +227,13 @@ class Trainer:
     @torch.no_grad()
     def activity(self, model: GPT, way: str) -> tuple[float, float] | None:
         """What a backward at the end of the training computes, where the package can tell."""
-        from cce_inductor.bench import measure
+        from cce_inductor.ops.activity import activity
 
         part = self.text.held_out[: self.args.batch]
         with self.autocast():
             hidden = self.hidden(model, part[:, :-1])
         inputs = (hidden.bfloat16(), model.head.weight.bfloat16(), part[:, 1:].flatten())
-        return measure.activity(inputs, WAYS[way].get("approximate_mass")) if self.cuda else None
+        return activity(*inputs, WAYS[way].get("approximate_mass"))
 
 
 def affordable_steps(trainer: Trainer, ways: int, runs: int) -> int:

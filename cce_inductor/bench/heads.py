@@ -11,6 +11,7 @@ from torch import Tensor
 
 import cce_inductor
 
+from ..ops.activity import activity
 from . import measure
 from .data import make_data, mask_targets, read_head
 from .measure import Inputs, Reference
@@ -128,7 +129,7 @@ def _measure(method: Method, inputs: Inputs, reference: Reference, seconds: floa
     if method.ours:
         if reports:
             row["rewrites"] = sum(len(report.rewritten) for report in reports)
-        if (active := measure.activity(inputs, method.approximate_mass)) is not None:
+        if (active := activity(*inputs, method.approximate_mass)) is not None:
             row |= {"active_pairs": active[0], "active_blocks": active[1]}
     return row | errors
 

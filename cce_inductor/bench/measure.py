@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import sparse
 from .methods import Loss
 
 Inputs = tuple[Tensor, Tensor, Tensor]
@@ -169,9 +168,3 @@ class Reference:
 
 def _relative(value: Tensor, reference: Tensor) -> float:
     return ((value.to(reference.dtype) - reference).norm() / reference.norm()).item()
-
-
-def activity(inputs: Inputs, approximate_mass: float | None) -> tuple[float, float] | None:
-    """(share of active (row, tile) pairs, share of active blocks) of a sparse backward; None where none would run."""
-    count = getattr(sparse, "activity", None)
-    return None if count is None else count(*inputs, approximate_mass)

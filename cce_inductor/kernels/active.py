@@ -1,8 +1,11 @@
 """Which (row, vocabulary tile) pairs matter: all but the lightest tiles of a row, up to a budget of its probability.
 
     mass[j, n]   = sum over v in tile j of p[n, v] = exp(tile_lse[j, n] - lse[n])
-    active[j, n] = mass[j, n] >= t[n],   t[n] the largest with   sum over j of mass[j, n] [mass[j, n] < t[n]] <= budget
+    active[j, n] = mass[j, n] >= t[n],   t[n] <= budget / 128 the largest with
+                                         sum over j of mass[j, n] [mass[j, n] < t[n]] <= budget
 
+The error of the gradients grows with the square root of the sum of the squares of what is skipped. So it takes many
+light tiles to do the harm of a heavier one, and a row that may skip a lot must do so in small pieces.
 The tile of the target is always active, and no tile is where the row has no gradient. A row that is spread evenly
 skips nearly nothing, so an untrained model stays exact by itself. A row that needs most of the tiles is *dense*: it
 gets all of them, and is listed once instead of in each tile.
@@ -13,6 +16,7 @@ import triton.language as tl
 
 from .pointwise import exp
 
+PIECES_LOG2 = tl.constexpr(7.0)  # no skipped tile is heavier than the budget / 2**7
 SMALLEST_LOG2 = tl.constexpr(-40.0)  # lighter tiles than 2**-40 are all the same
 BISECTIONS = tl.constexpr(12)  # they find the threshold to a factor of 2**(40 / 2**12)
 
@@ -46,7 +50,7 @@ def active_kernel(
     mass = exp(tl.load(tile_lse + offsets, mask=mask, other=-float("inf")) - row_lse[None, :])
 
     low = tl.full((ROWS,), SMALLEST_LOG2, dtype=tl.float32)
-    high = tl.zeros((ROWS,), dtype=tl.float32)
+    high = low * 0.0 + (tl.log2(budget) - PIECES_LOG2)
     for _ in range(BISECTIONS):
         middle = 0.5 * (low + high)
         skipped = tl.sum(tl.where(mass < tl.exp2(middle)[None, :], mass, 0.0), 0)

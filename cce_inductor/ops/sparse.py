@@ -7,6 +7,8 @@ by its exact mass, spread over each tile as rows spread it on average (`kernels/
 smaller as a tile has columns. `kernels/sparse.py` has the formulas.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ from .row_lists import RowLists, most_blocks_of_a_tile
 
 LEAST_FLOPS = 10**12  # of the logits, one to two milliseconds: as long as the host takes to start the kernels
 SAMPLED_ROWS = 512  # from which the share of each token in its tile is estimated
+_compensates = True
 
 
 def worthwhile(problem: Problem, needs_grad: list[bool]) -> bool:
@@ -68,6 +71,17 @@ def _float32_product(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype != torch.float32 else a.float() @ b.float()
 
 
+@contextlib.contextmanager
+def without_compensation() -> Iterator[None]:
+    """For experiments: what is skipped is lost."""
+    global _compensates
+    _compensates = False
+    try:
+        yield
+    finally:
+        _compensates = True
+
+
 class _SparseBackward:
     """The kernels of one sparse backward with the operands that they share."""
 
@@ -85,6 +99,8 @@ class _SparseBackward:
         block_bytes = self.config.block_n * self.config.block_v * problem.compute_dtype.itemsize
         blocks = min(max(problem.workspace_bytes // block_bytes, most), self.tiles * most)
         self.lists = RowLists.of(problem, lse, tile_lse, grad_lse, grad_picked, blocks)
+        if not _compensates:
+            self.lists.skipped_mass.zero_()
         self.dz = self.hidden.new_empty(blocks * self.config.block_n, self.config.block_v)
         self._estimate_shares()
 
