@@ -137,15 +137,6 @@ def dropping() -> contextlib.AbstractContextManager:
     return sparse.without_compensation()
 
 
-def ways_here(wanted: list[str]) -> tuple[list[str], dict[str, str]]:
-    """(those that can run, why the others can't)."""
-    try:
-        dropping()
-    except AttributeError:
-        return [way for way in wanted if way != "dropped"], {"dropped": "compensation can't be turned off"}
-    return wanted, {}
-
-
 class Trainer:
     """Runs of one size on one text."""
 
@@ -376,16 +367,13 @@ def main() -> None:
     args = parse_arguments()
     console = Console(width=120)
     args.output.mkdir(parents=True, exist_ok=True)
-    ways, missing = ways_here(args.ways)
-    for way, reason in missing.items():
-        console.print(f"skipped {way}: {reason}")
     tokens = load_tokens(args.tokens, args.vocab, TEXT_LIMIT[args.device])
     text = Text.of(tokens, args.vocab, args.seq_len, args.device)
     console.print(f"{len(text.train):,} tokens to train on, {text.held_out.numel():,} held out, "
                   f"{int(text.rare.sum()):,} of {args.vocab:,} tokens are rare")  # fmt: skip
     trainer = Trainer(args, text)
     end = time.monotonic() + 60 * args.minutes
-    number = affordable_steps(trainer, len(ways), len(ways) * args.seeds)
+    number = affordable_steps(trainer, len(args.ways), len(args.ways) * args.seeds)
     title = (
         f"GPT of {args.layers} layers, width {args.width}, vocabulary {args.vocab:,}; {number} steps of "
         f"{args.batch} x {args.seq_len} tokens; torch {torch.__version__}"

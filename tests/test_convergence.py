@@ -90,14 +90,3 @@ def test_rare_tokens_make_up_a_tenth_of_the_held_out_text(convergence):
     text = torch.arange(5).repeat_interleave(counts)
     rare = convergence.rare_tokens(text, text, 5)
     assert rare.tolist() == [False, False, False, True, True]
-
-
-def test_dropping_needs_the_switch_of_the_package(convergence, monkeypatch):
-    from cce_inductor.ops import sparse
-
-    monkeypatch.setattr(sparse, "without_compensation", lambda: None, raising=False)
-    assert convergence.ways_here(["exact", "dropped"]) == (["exact", "dropped"], {})
-    monkeypatch.delattr(sparse, "without_compensation")
-    wanted, missing = convergence.ways_here(["exact", "dropped"])
-    assert wanted == ["exact"]
-    assert list(missing) == ["dropped"]

@@ -1,17 +1,21 @@
 """Hidden states, weights and targets whose softmax has known statistics, and real ones from a file.
 
-    untrained: hidden ~ N(0, 1), weight ~ N(0, 0.02^2), targets uniform: the softmax is close to uniform.
-    trained:   on average 49 probabilities of a row are above 2^-12, and the entropy is 2.3 nats.
-    soft:      the same with 107 and 3.8.
+    untrained:    hidden ~ N(0, 1), weight ~ N(0, 0.02^2), targets uniform: the softmax is close to uniform.
+    trained:      the probability of rank k is ~ k^-2: 49 are above 2^-12, and the entropy is 2.3 bits.
+    soft:         the same with k^-1.6: 107 and 3.8 bits.
+    uneven:       rows differ as those of a real head do; on average 49 are above 2^-12 and the entropy is 3.3 bits.
+    uneven-soft:  the same with 107 and 5.5 bits.
 
-The last two imitate the head of a real language model: 6 layers, V = 32768, D = 768, measured on held-out text.
+The last four share the way in which they are made. The real head has 6 layers, V = 32768, D = 768, measured on held-out
+text: 148 probabilities above 2^-12 and 4.1 bits a row.
 
-1. Rows differ. A row draws a place u in [0, 1] among the real rows sorted by entropy and takes the log-probabilities
-   by rank found there (`RANK_CURVES`), divided by a temperature. In the tenth of most certain rows the first token has
-   0.99, in that of the least certain 0.07.
+1. A row has a law of its log-probabilities by rank. In `uneven` it draws a place u in [0, 1] among the real rows sorted
+   by entropy and takes what is found there (`RANK_CURVES`), divided by a temperature. In the tenth of most certain
+   rows the first token has 0.99, in that of the least certain 0.07.
 2. The K first ranks are planted: K tokens are drawn, and the hidden state is the shortest vector that gives them these
    logits. The rest of the vocabulary has a normal distribution of logits around its prior (3.), and the level of the
-   planted ones is such that what the real row has beyond rank 128 (`TAIL_MASS`, times a factor) is left for the rest.
+   planted ones is such that what the law has beyond rank K is left for the rest (`uneven`: what the real row has beyond
+   rank 128, `TAIL_MASS`, times a factor).
 3. Tokens have frequencies. Rank k takes the token of frequency rank r with a probability ~ (r + 2k)^-1.2, so the first
    ranks are taken by frequent tokens more often than the later ones. The prior of a token is a logit of -0.4 ln r; the
    last of the D features is the same number in all hidden states and carries it. Ids follow the frequency but
@@ -30,7 +34,6 @@ rank a little lower.
 `python -m cce_inductor.bench --describe` prints what was achieved.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,15 +45,46 @@ from .shapes import Shape
 
 
 @dataclass(frozen=True)
-class Profile:
-    """Which softmax to imitate: the real one, sharpened or flattened."""
+class Ranked:
+    """All rows follow p ~ rank^-power."""
+
+    power: float
+    planted: int
+
+    def shapes(self, planted: int, place: Tensor) -> tuple[Tensor, Tensor]:
+        """(log of the share [rows, K] of each planted rank among the planted, mass of all others [rows])."""
+        law = -self.power * torch.arange(1, 1_000_000, device=place.device, dtype=torch.float64).log()
+        tail = law[planted:].exp().sum() / law.exp().sum()
+        share = law[:planted].log_softmax(0).float()
+        return share.expand(len(place), -1), tail.float().expand(len(place))
+
+
+@dataclass(frozen=True)
+class Uneven:
+    """Rows like those of the real head, sharpened or flattened."""
 
     temperature: float
     planted: int
     tail: float
 
+    def shapes(self, planted: int, place: Tensor) -> tuple[Tensor, Tensor]:
+        """(log of the share [rows, K] of each planted rank among the planted, mass of all others [rows])."""
+        curves = torch.tensor(RANK_CURVES, device=place.device)
+        log_ranks = torch.tensor(RANKS, device=place.device).log()
+        curves = _interpolate(curves, log_ranks, torch.arange(1, planted + 1, device=place.device).log())  # [10, K]
+        middles = (torch.arange(len(RANK_CURVES), device=place.device) + 0.5) / len(RANK_CURVES)
+        tails = torch.tensor(TAIL_MASS, device=place.device).log()[None]
+        curve = _interpolate(curves.T, middles, place).T
+        tail = self.tail * _interpolate(tails, middles, place)[0].exp()
+        return (curve / self.temperature).log_softmax(1), tail
 
-PROFILES = {"trained": Profile(0.92, 76, 0.45), "soft": Profile(1.4, 113, 1.0)}
+
+PROFILES: dict[str, Ranked | Uneven] = {
+    "trained": Ranked(2.0, 160),
+    "soft": Ranked(1.6, 160),
+    "uneven": Uneven(0.92, 76, 0.45),
+    "uneven-soft": Uneven(1.4, 113, 1.0),
+}
 DATA = ("untrained", *PROFILES)
 
 RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -72,13 +106,6 @@ PRIOR = 0.4
 ID_JITTER = 1.2
 PRIOR_FEATURE = 8.0  # of the hidden states; the weight holds the prior divided by it
 CHUNK_BYTES = 1 << 29
-SAFETENSORS_DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "I32": torch.int32,
-    "I64": torch.int64,
-}
 
 
 def make_data(name: str, shape: Shape, dtype: torch.dtype, device: str, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,7 +127,9 @@ def mask_targets(target: Tensor, share: float, ignore_index: int = -100) -> Tens
     return target.masked_fill(place < share * run, ignore_index)
 
 
-def _planted(profile: Profile, shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _planted(
+    profile: Ranked | Uneven, shape: Shape, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     device = generator.device
     N, V, D = shape.rows, shape.vocab, shape.width
     token_of = _tokens_by_frequency(V, generator)
@@ -116,7 +145,7 @@ def _planted(profile: Profile, shape: Shape, dtype: torch.dtype, generator: torc
     chunk = max(1, CHUNK_BYTES // (4 * planted * D))
     for start in range(0, N, chunk):
         rows = slice(start, min(start + chunk, N))
-        log_share, tail = _row_shapes(profile, planted, places[rows])
+        log_share, tail = profile.shapes(planted, places[rows])
         tokens = token_of[_frequency_ranks(rows.stop - start, planted, V, generator)]  # [rows, K]
         hidden[rows, :-1] = _solve(weight[tokens, :-1].float(), log_share - prior[tokens], tail, prior).to(dtype)
     return hidden, weight
@@ -125,18 +154,6 @@ def _planted(profile: Profile, shape: Shape, dtype: torch.dtype, generator: torc
 def _tokens_by_frequency(vocab: int, generator: torch.Generator) -> Tensor:  # [V]: ids from frequent to rare
     order = torch.arange(1, vocab + 1, device=generator.device).log()
     return (order + ID_JITTER * torch.randn(vocab, generator=generator, device=generator.device)).argsort()
-
-
-def _row_shapes(profile: Profile, planted: int, place: Tensor) -> tuple[Tensor, Tensor]:
-    """(log of the share [rows, K] of each planted rank among the planted, mass of all others [rows])."""
-    curves = torch.tensor(RANK_CURVES, device=place.device)
-    log_ranks = torch.tensor(RANKS, device=place.device).log()
-    curves = _interpolate(curves, log_ranks, torch.arange(1, planted + 1, device=place.device).log())  # [10, K]
-    middles = (torch.arange(len(RANK_CURVES), device=place.device) + 0.5) / len(RANK_CURVES)
-    tails = torch.tensor(TAIL_MASS, device=place.device).log()[None]
-    curve = _interpolate(curves.T, middles, place).T
-    tail = profile.tail * _interpolate(tails, middles, place)[0].exp()
-    return (curve / profile.temperature).log_softmax(1), tail
 
 
 def _interpolate(values: Tensor, places: Tensor, wanted: Tensor) -> Tensor:
@@ -196,14 +213,7 @@ def logit_chunks(hidden: Tensor, weight: Tensor) -> Iterator[Tensor]:
 
 def read_head(path: Path, device: str) -> tuple[Tensor, Tensor, Tensor]:
     """(hidden, weight, target) from a safetensors file with `hidden`, `classifier` and `targets`."""
-    content = path.read_bytes()
-    start = 8 + int.from_bytes(content[:8], "little")
-    entries = json.loads(content[8:start])
+    from safetensors.torch import load_file
 
-    def tensor(name: str) -> Tensor:
-        entry = entries[name]
-        dtype, (begin, end) = SAFETENSORS_DTYPES[entry["dtype"]], entry["data_offsets"]
-        data = torch.frombuffer(bytearray(content[start + begin : start + end]), dtype=dtype)
-        return data.view(entry["shape"]).to(device)
-
-    return tensor("hidden"), tensor("classifier"), tensor("targets").long()
+    tensors = load_file(path, device)
+    return tensors["hidden"], tensors["classifier"], tensors["targets"].long()

@@ -1,5 +1,6 @@
 """The operators on a GPU: Triton kernels for the logits, cuBLAS for the plain matmuls of the backward."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,7 +52,8 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if not supported(problem):
         _assert_targets(problem)
         return *cpu.forward(problem)[:4], problem.tile_lse(kept)
-    launch = Launch(problem, backward=False)
+    rows = _Rows.of(problem)
+    launch = Launch(problem, backward=False, hidden=rows.hidden)
     tiles = -(-problem.vocab_size // launch.config.block_v)
     tile_lse = problem.tile_lse(tiles)
     tile_total = torch.empty_like(tile_lse) if problem.want_total else None
@@ -61,6 +63,9 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
             slice(0, problem.num_rows),
             columns,
             problem.weight_rows(columns),
+            row_of=rows.row_of,
+            row_count=rows.count,
+            SOME_ROWS=rows.row_of is not None,
             tile_lse=tile_lse,
             tile_total=tile_total,
             first_tile=columns.start // launch.config.block_v,
@@ -68,7 +73,26 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         )
     lse = torch.logsumexp(tile_lse, 0)
     total = torch.zeros_like(lse) if tile_total is None else tile_total.sum(0)
+    if problem.counts is not None:  # what the kernel left out was never written
+        lse = torch.where(problem.counts, lse, float("inf"))
+        total = torch.where(problem.counts, total, 0.0)
     return lse, _picked(problem, lse), total, torch.zeros_like(lse), tile_lse if kept else problem.tile_lse(0)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows that the forward computes."""
+
+    hidden: Tensor  # [N, D], of which the first `count` rows are computed
+    row_of: Tensor | None  # [N], int64: their places in the results; None if all are computed, in order
+    count: Tensor | None  # [], int32
+
+    @classmethod
+    def of(cls, problem: Problem) -> "_Rows":
+        if problem.counts is None:
+            return cls(problem.hidden, None, None)
+        row_of = torch.argsort(~problem.counts, stable=True)
+        return cls(problem.hidden[row_of], row_of, problem.counts.sum(dtype=torch.int32))
 
 
 def _picked(problem: Problem, lse: Tensor) -> Tensor:
@@ -106,7 +130,7 @@ def backward(
         return cpu.backward(problem, lse, tile_lse, grads, needs_grad)
     if len(tile_lse) > 0 and sparse.worthwhile(problem, needs_grad):
         return sparse.backward(problem, lse, tile_lse, grads, needs_grad)
-    launch = Launch(problem, backward=True)
+    launch = Launch(problem, backward=True, hidden=problem.hidden)
     value_and_slope = template.load(problem.logit_map).value_and_slope
 
     def fill(rows: slice, columns: slice, weight: Tensor, dz: Tensor, grad_bias: Tensor | None) -> None:
@@ -169,11 +193,11 @@ def _assert_targets(problem: Problem) -> None:
 class Launch:
     """What the kernels of one call have in common: operands ready to be loaded, tile shapes, grid."""
 
-    def __init__(self, problem: Problem, backward: bool) -> None:
+    def __init__(self, problem: Problem, backward: bool, hidden: Tensor) -> None:
         self.problem = problem
-        capability, self.processors = device_properties(problem.hidden.device)
+        capability, self.processors = device_properties(hidden.device)
         self.config = tile_config(capability, backward)
-        self.hidden = problem.hidden if describable(problem.hidden) else problem.hidden.contiguous()
+        self.hidden = hidden if describable(hidden) else hidden.contiguous()
 
     def row_blocks(self, rows: slice) -> int:
         """How many tiles lie under each other in these rows."""

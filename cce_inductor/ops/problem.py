@@ -30,6 +30,7 @@ class Problem:
     ignore_index: int | None
     workspace_bytes: int
     approximate_mass: float = 0.0  # of a row, in the backward
+    skip_ignored: bool = False  # rows whose target is ignore_index have an lse of +inf: nobody reads it
 
     @classmethod
     def of(
@@ -46,6 +47,7 @@ class Problem:
         compute_dtype: torch.dtype,
         workspace_mib: int,
         approximate_mass: float = 0.0,
+        skip_ignored: bool = False,
     ) -> "Problem":
         """Checks the operands as the schema gives them; the errors are of the kinds that eager PyTorch raises."""
         check(hidden, weight, bias, target, total_weight, compute_dtype)
@@ -63,6 +65,7 @@ class Problem:
             ignore_index=ignore_index,
             workspace_bytes=workspace_mib * MIB,
             approximate_mass=approximate_mass,
+            skip_ignored=skip_ignored and target is not None and ignore_index is not None,
         )
 
     @property
@@ -85,6 +88,11 @@ class Problem:
     @property
     def accumulate_dtype(self) -> torch.dtype:
         return accumulate_dtype(self.compute_dtype)
+
+    @property
+    def counts(self) -> Tensor | None:
+        """Which rows count [N]; None where all do, or where somebody may read the results of those that don't."""
+        return self.target != self.ignore_index if self.skip_ignored and self.target is not None else None
 
     def weight_rows(self, columns: slice) -> Tensor:
         """The classifier weight of a slice of the vocabulary, in the dtype of the matmuls."""

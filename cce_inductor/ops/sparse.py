@@ -30,7 +30,7 @@ from .problem import Problem
 from .row_lists import RowLists, most_blocks_of_a_tile
 
 LEAST_FLOPS = 10**12  # of the logits, one to two milliseconds: as long as the host takes to start the kernels
-SAMPLED_ROWS = 512  # from which the share of each token in its tile is estimated
+SAMPLED_ROWS = 256  # from which the share of each token in its tile is estimated
 _compensates = True
 
 
