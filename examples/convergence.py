@@ -384,7 +384,7 @@ def main() -> None:
         if time.monotonic() + seconds > end and seed > 0:
             console.print(f"no time for seed {seed} and above")
             break
-        for way in ways:
+        for way in args.ways:
             runs.append(trainer.run(way, seed, number))
             done = runs[-1]
             console.print(
