@@ -68,7 +68,9 @@ def add_rows(
     All rows in one group, or groups of one block of rows each and a weight in the dtype of sums.
     """
     hidden, sums = problem.hidden, problem.accumulate_dtype
-    needs_hidden, needs_weight, needs_bias = (g.numel() > 0 for g in (gradients.hidden, gradients.weight, gradients.bias))
+    needs_hidden, needs_weight, needs_bias = (
+        g.numel() > 0 for g in (gradients.hidden, gradients.weight, gradients.bias)
+    )
     workspace = hidden.new_empty(block_rows, block_columns)
     row_blocks = list(spans(group.stop, block_rows, group.start))
     # one product completes a slice of the weight's gradient: it goes to its place without a sum in between

@@ -135,7 +135,7 @@ def backward(
 
 
 def gradient_of(problem: Problem, lse: Tensor, grads: list[Tensor], kept: KeptLogits) -> Fill:
-    """Computes blocks of dz for the gradients of lse, picked and total, each [N]; from logits that were kept, or anew."""
+    """Computes blocks of dz for the gradients of lse, picked and total, each [N]: from kept logits, or anew."""
     grad_lse, grad_picked, grad_total = (g.unsqueeze(1) for g in grads)
 
     def fill(rows: slice, columns: slice, weight: Tensor, dz: Tensor, grad_bias: Tensor | None) -> None:

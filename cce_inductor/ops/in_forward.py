@@ -3,8 +3,8 @@
     loss = sum over n of coefficient[n] * (lse[n] - picked[n])
 
 The backward of `vocab_reductions` computes the logits a second time, because it has to wait for the gradient of the
-loss. Here the gradients are those for a gradient of one, computed while the logits are at hand; the real one is a number
-that multiplies them later. The logits of all rows need not be at hand at once:
+loss. Here the gradients are those for a gradient of one, computed while the logits are at hand; the real one multiplies
+them later. The logits of all rows need not be at hand at once:
 
 - where the sum over rows of the weight's gradient can be kept in its place without loss (float32 and float64 weights),
   rows are taken in groups whose logits fit in the workspace;
@@ -60,7 +60,9 @@ def _workspace_bytes(problem: Problem) -> int:
 
 def _group_rows(problem: Problem, workspace_bytes: int) -> int:
     """How many rows are taken at a time: all of them, or a block of as many as have room for their logits."""
-    fewest, most = (FEWEST_ROWS, cpu.BLOCK_ROWS) if not problem.hidden.is_cuda else (GPU_FEWEST_ROWS, cpu.GPU_BLOCK_ROWS)
+    fewest, most = (
+        (FEWEST_ROWS, cpu.BLOCK_ROWS) if not problem.hidden.is_cuda else (GPU_FEWEST_ROWS, cpu.GPU_BLOCK_ROWS)
+    )
     rows = min(most, workspace_bytes // max(1, problem.vocab_size * problem.compute_dtype.itemsize))
     if problem.weight.dtype != problem.accumulate_dtype or rows < fewest or rows >= problem.num_rows:
         return problem.num_rows
