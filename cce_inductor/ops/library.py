@@ -54,6 +54,14 @@ _library.define(
 )
 
 
+def pays_in_forward(device: torch.device, compute_dtype: torch.dtype) -> bool:
+    """Whether `scaled_loss` is the faster way, where both can be taken: where no Triton kernel computes the logits.
+
+    float16 is left out, as a gradient that is not yet multiplied by a gradient scaler's factor would underflow.
+    """
+    return compute_dtype in (torch.float32, torch.float64) or (device.type == "cpu" and compute_dtype == torch.bfloat16)
+
+
 @contextlib.contextmanager
 def _plain_context(tensor: Tensor) -> Iterator[None]:
     """On the tensor's GPU, and without ambient autocast: the operands have the dtypes that they should have."""
