@@ -76,7 +76,12 @@ class Compiled(Run):
 
     @property
     def operator_calls(self) -> list[Node]:
-        return [node for module in self.modules for node in nodes_of(module) if node.target in (vocab_reductions, scaled_loss)]
+        return [
+            node
+            for module in self.modules
+            for node in nodes_of(module)
+            if node.target in (vocab_reductions, scaled_loss)
+        ]
 
 
 @dataclass(frozen=True)

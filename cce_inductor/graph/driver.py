@@ -41,8 +41,11 @@ def _rewrite_graph(graph: Graph, options: Options, report: Report, rewritings: l
     transformed = inside_transforms(graph)
     sites = find_sites(graph)
     orphans = orphan_losses(graph, sites, transformed, options)
-    for site in filter(lambda site: is_worth_reporting(site, options), sites):
-        result = _try_rewrite(site, transformed, options, nested)
+    worthwhile = [site for site in sites if is_worth_reporting(site, options)]
+    # of two heads, two gradients of the weight would have to be kept until the backward
+    once = not nested and len(worthwhile) == 1
+    for site in worthwhile:
+        result = _try_rewrite(site, transformed, options, once)
         if isinstance(result, Refusal):
             report.refused.append(result)
         else:
@@ -53,12 +56,12 @@ def _rewrite_graph(graph: Graph, options: Options, report: Report, rewritings: l
         graph.lint()
 
 
-def _try_rewrite(site: Site, transformed: set[Node], options: Options, nested: bool) -> Rewriting | Refusal:
+def _try_rewrite(site: Site, transformed: set[Node], options: Options, once: bool) -> Rewriting | Refusal:
     no = why_not(site, transformed, options)
     if no is not None:
         return no
     try:
-        return Rewriting(site, options, once=not nested)
+        return Rewriting(site, options, once)
     except Refused as refused:
         reason = str(refused)
     except Exception as error:

@@ -29,7 +29,8 @@ class Rewriting:
     def __init__(self, site: Site, options: Options, once: bool) -> None:
         """Raises `Refused`, or whatever went wrong, with the graph as it was.
 
-        once: whether the forward runs once for a backward, not again as in a checkpoint.
+        once: whether the gradients may be computed in the forward: it is the only head that needs some, and the
+            forward does not run again for the backward, as in a checkpoint.
         """
         self._site = site
         self._graph = site.logits.matmul.graph
@@ -44,6 +45,7 @@ class Rewriting:
 
     def _rewrite(self, options: Options, once: bool) -> Rewrite:
         sweeps = sweeps_of(self._site)
+        once = once and sum(sweep.grad_enabled for sweep in sweeps) == 1
         replacements = [pair for sweep in sweeps for pair in _emit(sweep, self._site, self._emitter, options, once)]
         for node, replacement in replacements:
             _require_same(node, replacement)
