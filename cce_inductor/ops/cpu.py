@@ -141,7 +141,8 @@ def gradient_of(problem: Problem, lse: Tensor, grads: list[Tensor], kept: KeptLo
     def fill(rows: slice, columns: slice, weight: Tensor, dz: Tensor, grad_bias: Tensor | None) -> None:
         z = _preactivations(problem, rows, columns, weight, kept.block(rows, columns), again=True)
         x, slope = problem.logit_map.value_and_derivative(z)
-        place = dz if dz.dtype == x.dtype else None
+        spare = None if slope is not None else x  # of another dtype than dz, x is a copy; it and the slope may be one
+        place = dz if dz.dtype == x.dtype else spare
         dx = torch.sub(x, lse[rows].unsqueeze(1), out=place).exp_().mul_(grad_lse[rows])
         if problem.target is not None:
             index, inside = _target_columns(problem, rows, columns)
@@ -153,7 +154,7 @@ def gradient_of(problem: Problem, lse: Tensor, grads: list[Tensor], kept: KeptLo
             dx *= slope
         if grad_bias is not None:
             grad_bias += dx.sum(0)
-        if place is None:
+        if dx is not dz:
             dz.copy_(dx)
 
     return fill
