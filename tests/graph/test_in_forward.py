@@ -70,7 +70,7 @@ def test_float16_waits_for_its_scaler():
     assert operators(ours) == [vocab_reductions]
 
 
-@settings(max_examples=20)  # each is compiled
+@settings(max_examples=8)  # each is compiled
 @given(
     dtype=st.sampled_from(DTYPES),
     reduction=st.sampled_from(("mean", "sum")),
