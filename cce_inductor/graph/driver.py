@@ -10,15 +10,16 @@ from .rewrite import Rewriting
 from .sites import Site, find_sites, is_worth_reporting, orphan_losses, refusal, why_not
 
 
-def rewrite_module(module: GraphModule, options: Options) -> Report:
+def rewrite_module(module: GraphModule, options: Options, nested: bool = False) -> Report:
     """Rewrites a module of Dynamo's in place, subgraphs of higher-order operators included; never raises.
 
+    nested: a subgraph of a higher-order operator, which may run again for a backward, as a checkpoint does.
     A site that can't be rewritten leaves its part of the graph as it was, and the reason in the report.
     """
     report = Report()
     rewritings: list[Rewriting] = []
     try:
-        _rewrite_graph(module.graph, options, report, rewritings)
+        _rewrite_graph(module.graph, options, report, rewritings, nested)
     except Exception as error:
         log.warning("the pass failed, the graph is compiled as it is", exc_info=True)
         for rewriting in reversed(rewritings):
@@ -32,16 +33,19 @@ def rewrite_module(module: GraphModule, options: Options) -> Report:
             module.recompile()
     for _, child in module.named_children():
         if isinstance(child, GraphModule):
-            report.extend(rewrite_module(child, options))
+            report.extend(rewrite_module(child, options, nested=True))
     return report
 
 
-def _rewrite_graph(graph: Graph, options: Options, report: Report, rewritings: list[Rewriting]) -> None:
+def _rewrite_graph(graph: Graph, options: Options, report: Report, rewritings: list[Rewriting], nested: bool) -> None:
     transformed = inside_transforms(graph)
     sites = find_sites(graph)
     orphans = orphan_losses(graph, sites, transformed, options)
-    for site in filter(lambda site: is_worth_reporting(site, options), sites):
-        result = _try_rewrite(site, transformed, options)
+    worthwhile = [site for site in sites if is_worth_reporting(site, options)]
+    # of two heads, two gradients of the weight would have to be kept until the backward
+    once = not nested and len(worthwhile) == 1
+    for site in worthwhile:
+        result = _try_rewrite(site, transformed, options, once)
         if isinstance(result, Refusal):
             report.refused.append(result)
         else:
@@ -52,12 +56,12 @@ def _rewrite_graph(graph: Graph, options: Options, report: Report, rewritings: l
         graph.lint()
 
 
-def _try_rewrite(site: Site, transformed: set[Node], options: Options) -> Rewriting | Refusal:
+def _try_rewrite(site: Site, transformed: set[Node], options: Options, once: bool) -> Rewriting | Refusal:
     no = why_not(site, transformed, options)
     if no is not None:
         return no
     try:
-        return Rewriting(site, options)
+        return Rewriting(site, options, once)
     except Refused as refused:
         reason = str(refused)
     except Exception as error:

@@ -36,6 +36,14 @@ class Results:
 
 
 @dataclass(frozen=True)
+class WeightedSum:
+    """A loss that is the sum over rows of a weight, known beforehand, times -log p of the target."""
+
+    row_weights: Callable[[Vector, torch.dtype, Callable[[Node], Vector]], Vector]  # (target [N], dtype, proxy) -> [N]
+    finish: Callable[[Vector, Vector], Vector]  # (sum, target [N]) -> loss
+
+
+@dataclass(frozen=True)
 class Reduction:
     """One operation of the program that reduces deferred logits over the vocabulary."""
 
@@ -47,6 +55,7 @@ class Reduction:
     want_total: bool = False
     total_weight: Node | None = None  # [V]
     is_loss: bool = True  # part of a loss by its form, not just some sum of the activations of a layer
+    weighted_sum: "WeightedSum | None" = None  # the same, where it is one
 
     @property
     def name(self) -> str:
@@ -95,6 +104,13 @@ def cross_entropy(
         )
         return loss.view_as(results.proxy(target)) if reduction == "none" else loss
 
+    def row_weights(target: Vector, dtype: torch.dtype, proxy: Callable[[Node], Vector]) -> Vector:
+        class_weight = None if weight is None else proxy(weight)
+        return losses.row_weights(target, dtype, class_weight, reduction, ignore_index)
+
+    def finish(loss: Vector, target: Vector) -> Vector:
+        return losses.nan_without_rows(loss, target, ignore_index) if reduction == "mean" else loss
+
     smooth = label_smoothing > 0
     return Reduction(
         call.node,
@@ -104,6 +120,7 @@ def cross_entropy(
         ignore_index,
         want_total=smooth,
         total_weight=weight if smooth else None,
+        weighted_sum=None if smooth or reduction == "none" else WeightedSum(row_weights, finish),
     )
 
 

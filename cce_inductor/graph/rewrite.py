@@ -7,12 +7,13 @@ import functools
 import operator
 
 import torch
-from torch.fx import Node
+from torch.fx import Node, Proxy
 
 from ..compat import fix, statically_equal
 from ..ops.library import vocab_reductions
 from ..options import Options
 from ..report import Rewrite
+from . import in_forward
 from .effects import first_write
 from .emitter import Emitter
 from .logits import Refused
@@ -25,22 +26,27 @@ from .sweeps import Sweep, sweeps_of
 class Rewriting:
     """One site with the new nodes in use and the old ones still there. `undo()` or `finish()` ends it."""
 
-    def __init__(self, site: Site, options: Options) -> None:
-        """Raises `Refused`, or whatever went wrong, with the graph as it was."""
+    def __init__(self, site: Site, options: Options, once: bool) -> None:
+        """Raises `Refused`, or whatever went wrong, with the graph as it was.
+
+        once: whether the gradients may be computed in the forward: it is the only head that needs some, and the
+            forward does not run again for the backward, as in a checkpoint.
+        """
         self._site = site
         self._graph = site.logits.matmul.graph
         self._order = list(self._graph.nodes)
         self._emitter = Emitter(self._graph)
         self._replaced: list[tuple[Node, Node, list[Node]]] = []
         try:
-            self.report = self._rewrite(options)
+            self.report = self._rewrite(options, once)
         except BaseException:
             self.undo()
             raise
 
-    def _rewrite(self, options: Options) -> Rewrite:
+    def _rewrite(self, options: Options, once: bool) -> Rewrite:
         sweeps = sweeps_of(self._site)
-        replacements = [pair for sweep in sweeps for pair in _emit(sweep, self._site, self._emitter, options)]
+        once = once and sum(sweep.grad_enabled for sweep in sweeps) == 1
+        replacements = [pair for sweep in sweeps for pair in _emit(sweep, self._site, self._emitter, options, once)]
         for node, replacement in replacements:
             _require_same(node, replacement)
         report = _describe(self._site, len(sweeps))
@@ -67,7 +73,7 @@ class Rewriting:
                 self._graph.erase_node(node)
 
 
-def _emit(sweep: Sweep, site: Site, emitter: Emitter, options: Options) -> list[tuple[Node, Node]]:
+def _emit(sweep: Sweep, site: Site, emitter: Emitter, options: Options, once: bool) -> list[tuple[Node, Node]]:
     """(old node, its replacement) for each reduction of a sweep."""
     anchor = sweep.reductions[0].node
     logits = sweep.reductions[0].logits
@@ -77,11 +83,17 @@ def _emit(sweep: Sweep, site: Site, emitter: Emitter, options: Options) -> list[
     with emitter.at(anchor, sweep.grad_enabled):
         target = sweep.target
         flat_target = None if target is None else _flat_target(target, emitter)
-        outputs = emitter.call(
-            vocab_reductions,
+        factors = (
             emitter.as_matrix(logits.hidden.flat().emit(emitter.call)),
             logits.weight.emit(emitter.call),
             _sum([bias.emit(emitter.call) for bias in logits.biases], emitter),
+        )
+        if flat_target is not None and once and in_forward.applies(sweep, factors):
+            loss = in_forward.emit(sweep.reductions[0], factors, flat_target, emitter, options)
+            return [(anchor, _in_dtype_of(anchor, loss))]
+        outputs = emitter.call(
+            vocab_reductions,
+            *factors,
             flat_target,
             sweep.find("total_weight"),
             logit_map=str(logits.logit_map),
@@ -107,10 +119,13 @@ def _emit(sweep: Sweep, site: Site, emitter: Emitter, options: Options) -> list[
                 functools.partial(emitter.rows, reduction.logits.hidden),
                 emitter.proxy,
             )
-            dtype = tensor_of(node).dtype
-            value = reduction.build(results)
-            pairs.append((node, value.node if tensor_of(value.node).dtype == dtype else value.to(dtype).node))
+            pairs.append((node, _in_dtype_of(node, reduction.build(results))))
     return pairs
+
+
+def _in_dtype_of(node: Node, value: Proxy) -> Node:
+    dtype = tensor_of(node).dtype
+    return value.node if tensor_of(value.node).dtype == dtype else value.to(dtype).node
 
 
 def _flat_target(target: Node, emitter: Emitter) -> Node:

@@ -50,7 +50,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     device, dtype = problem.hidden.device, problem.compute_dtype
     kept = kept_tiles(device, problem.vocab_size, dtype, problem.want_total, problem.approximate_mass)
     if not supported(problem):
-        _assert_targets(problem)
+        assert_targets(problem)
         return *cpu.forward(problem)[:4], problem.tile_lse(kept)
     rows = _Rows.of(problem)
     launch = Launch(problem, backward=False, hidden=rows.hidden)
@@ -99,7 +99,7 @@ def _picked(problem: Problem, lse: Tensor) -> Tensor:
     """The logits of the targets [N], or zeros without targets."""
     if problem.target is None:
         return torch.zeros_like(lse)
-    _assert_targets(problem)
+    assert_targets(problem)
     picked = torch.empty_like(lse)
     picked_kernel[(problem.num_rows,)](
         hidden=problem.hidden,
@@ -179,7 +179,7 @@ def _block_shape(problem: Problem) -> tuple[int, int]:
     return rows, min(columns, -(-problem.vocab_size // ALIGNMENT) * ALIGNMENT)
 
 
-def _assert_targets(problem: Problem) -> None:
+def assert_targets(problem: Problem) -> None:
     """A device-side assertion, as eager's kernels have it: no synchronisation. On the CPU it raises at once."""
     if problem.target is not None:
         good = (problem.target >= 0) & (problem.target < problem.vocab_size)

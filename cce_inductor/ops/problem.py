@@ -112,10 +112,10 @@ def accumulate_dtype(compute_dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if compute_dtype == torch.float64 else torch.float32
 
 
-def spans(size: int, step: int) -> Iterator[slice]:
-    """[0, size) in consecutive slices of at most `step`."""
-    for start in range(0, size, step):
-        yield slice(start, min(start + step, size))
+def spans(stop: int, step: int, start: int = 0) -> Iterator[slice]:
+    """[start, stop) in consecutive slices of at most `step`."""
+    for begin in range(start, stop, step):
+        yield slice(begin, min(begin + step, stop))
 
 
 def check(
