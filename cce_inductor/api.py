@@ -62,6 +62,7 @@ def linear_cross_entropy(
         compute_dtype=compute_dtype,
         workspace_mib=Options.workspace_mib,
         approximate_mass=approximate_mass,
+        skip_ignored=True,
     )
     loss = losses.cross_entropy(
         lse,

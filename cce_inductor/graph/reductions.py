@@ -55,6 +55,7 @@ class Reduction:
     want_total: bool = False
     total_weight: Node | None = None  # [V]
     is_loss: bool = True  # part of a loss by its form, not just some sum of the activations of a layer
+    reads_ignored: bool = True  # whether rows whose target is ignore_index matter to it
     weighted_sum: "WeightedSum | None" = None  # the same, where it is one
 
     @property
@@ -120,6 +121,7 @@ def cross_entropy(
         ignore_index,
         want_total=smooth,
         total_weight=weight if smooth else None,
+        reads_ignored=False,
         weighted_sum=None if smooth or reduction == "none" else WeightedSum(row_weights, finish),
     )
 

@@ -102,6 +102,7 @@ def _emit(sweep: Sweep, site: Site, emitter: Emitter, options: Options, once: bo
             compute_dtype=logits.compute_dtype,
             workspace_mib=options.workspace_mib,
             approximate_mass=float(options.approximate_mass),
+            skip_ignored=not sweep.reads_ignored,
         )
         lse, picked, total, lse_rest = (emitter.proxy(emitter.call(operator.getitem, outputs, i)) for i in range(4))
     pairs = []

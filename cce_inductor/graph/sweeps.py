@@ -37,6 +37,10 @@ class Sweep:
     def want_total(self) -> bool:
         return any(reduction.want_total for reduction in self.reductions)
 
+    @property
+    def reads_ignored(self) -> bool:
+        return any(reduction.reads_ignored for reduction in self.reductions)
+
     def admits(self, other: Reduction, grad_enabled: bool) -> bool:
         """Whether the call can serve another reduction too."""
         mine = self.reductions[0].logits

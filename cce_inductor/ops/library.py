@@ -14,7 +14,8 @@ The coefficients get no gradient.
 the matmuls are cast to (autocast: a float32 parameter with bfloat16 arithmetic), while gradients come back in each
 input's own dtype. `want_total` asks for the third result, which is zero otherwise. `workspace_mib` bounds the scratch
 memory of the backward. `approximate_mass` is how much of each row's probability the backward may approximate, 0 for
-exact gradients. `tile_lse` is what the forward hands to an approximate backward, where there is one, else empty. In a
+exact gradients. `tile_lse` is what the forward hands to an approximate backward, where there is one, else empty. With
+`skip_ignored` nobody reads lse and total of rows whose target is `ignore_index`: they may be anything but nan.
 `lse_rest` is what rounding took from lse: a log-probability is picked - lse - lse_rest. It has no gradient. In a
 row with a nan or +inf logit lse is nan, as the log-softmax of such a row is.
 """
@@ -38,14 +39,15 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 _library.define(
     "vocab_reductions(Tensor hidden, Tensor weight, Tensor? bias, Tensor? target, Tensor? total_weight, *, "
     "str logit_map, bool want_total, int? ignore_index, ScalarType compute_dtype, int workspace_mib, "
-    "float approximate_mass=0.0) -> (Tensor lse, Tensor picked, Tensor total, Tensor lse_rest, "
-    "Tensor tile_lse)"
+    "float approximate_mass=0.0, bool skip_ignored=False) "
+    "-> (Tensor lse, Tensor picked, Tensor total, Tensor lse_rest, Tensor tile_lse)"
 )
 _library.define(
     "vocab_reductions_backward(Tensor grad_lse, Tensor grad_picked, Tensor grad_total, Tensor lse, "
     "Tensor tile_lse, Tensor hidden, Tensor weight, Tensor? bias, Tensor? target, Tensor? total_weight, *, "
     "str logit_map, bool want_total, int? ignore_index, ScalarType compute_dtype, int workspace_mib, "
-    "bool[] needs_grad, float approximate_mass=0.0) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
+    "bool[] needs_grad, float approximate_mass=0.0, bool skip_ignored=False) "
+    "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
 )
 _library.define(
     "scaled_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor coefficient, *, str logit_map, "

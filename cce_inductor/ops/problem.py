@@ -30,7 +30,7 @@ class Problem:
     ignore_index: int | None
     workspace_bytes: int
     approximate_mass: float = 0.0  # of a row, in the backward
-    skip_ignored: bool = False  # rows whose target is ignore_index have an lse of +inf: nobody reads it
+    skip_ignored: bool = False  # nobody reads lse and total of rows whose target is ignore_index
 
     @classmethod
     def of(
@@ -65,7 +65,7 @@ class Problem:
             ignore_index=ignore_index,
             workspace_bytes=workspace_mib * MIB,
             approximate_mass=approximate_mass,
-            skip_ignored=skip_ignored and target is not None and ignore_index is not None,
+            skip_ignored=skip_ignored,
         )
 
     @property
@@ -92,7 +92,9 @@ class Problem:
     @property
     def counts(self) -> Tensor | None:
         """Which rows count [N]; None where all do, or where somebody may read the results of those that don't."""
-        return self.target != self.ignore_index if self.skip_ignored and self.target is not None else None
+        if not self.skip_ignored or self.target is None or self.ignore_index is None:
+            return None
+        return torch.ne(self.target, self.ignore_index)
 
     def weight_rows(self, columns: slice) -> Tensor:
         """The classifier weight of a slice of the vocabulary, in the dtype of the matmuls."""
