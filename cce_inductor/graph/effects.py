@@ -83,6 +83,13 @@ def _from(node: Node) -> Iterator[Node]:
         node = node.next
 
 
+def shares_memory(node: Node, tensor: Node) -> bool:
+    """Whether a node's value, or a tensor of the tuple that it is, shares memory with a tensor."""
+    value = node.meta.get("example_value")
+    parts = value if isinstance(value, tuple | list) else (value,)
+    return any(isinstance(p, torch.Tensor) and p.untyped_storage()._cdata == _storage(tensor) for p in parts)
+
+
 def _storage(node: Node) -> int:
     """Fake tensors share their storage where the real ones will."""
     return tensor_of(node).untyped_storage()._cdata

@@ -6,7 +6,7 @@ From each matmul the deferred logits are followed through the graph by the rules
 import heapq
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch.fx import Graph, Node
@@ -14,8 +14,8 @@ from torch.fx import Graph, Node
 from ..compat import size_hint, statically_equal
 from ..options import Options
 from ..report import Refusal
-from . import maps, matmuls, rows  # noqa: F401 (they register their rules)
-from .effects import grad_modes
+from . import maps, masks, matmuls, rows  # noqa: F401 (they register their rules)
+from .effects import grad_modes, shares_memory, written
 from .logits import DeferredLogits, Refused
 from .reductions import Reduction
 from .registry import apply, operation, tensor_of
@@ -39,11 +39,17 @@ def find_sites(graph: Graph) -> list[Site]:
     """All matmuls of a graph as sites, most of them without any reduction."""
     position = {node: i for i, node in enumerate(graph.nodes)}
     modes = grad_modes(graph)
-    starts = (matmuls.start(node, modes) for node in graph.nodes)
-    return [_follow(logits, position) for logits in starts if logits is not None]
+    sites: list[Site] = []
+    others: dict[Node, Any] = {}
+    for node in graph.nodes:
+        logits = matmuls.start(node, modes)
+        if logits is not None:
+            sites.append(_follow(logits, position, others))
+    return sites
 
 
-def _follow(logits: DeferredLogits, position: dict[Node, int]) -> Site:
+def _follow(logits: DeferredLogits, position: dict[Node, int], others: dict[Node, Any]) -> Site:
+    """others: the deferred values of the sites before, to which this one's are added."""
     site = Site(logits)
     values: dict[Node, Any] = {logits.matmul: logits}
     queue = [position[logits.matmul]]
@@ -54,18 +60,46 @@ def _follow(logits: DeferredLogits, position: dict[Node, int]) -> Site:
         site.chain.append(node)
         if node is not logits.matmul:
             try:
-                values[node] = apply(node, values)
+                values[node] = value = apply(node, values, others)
+                _overwrite(node, value, values)
             except Refused as refused:
+                values.pop(node, None)
                 site.escapes[node] = str(refused)
                 continue
-            if isinstance(values[node], Reduction):
-                site.reductions.append(values.pop(node))
+            if isinstance(value, Reduction):
+                site.reductions.append(value)
                 continue
+            if isinstance(value, DeferredLogits) and value.products > site.logits.products:
+                site.logits = replace(site.logits, matmul=value.matmul, width=value.width, hidden=value.hidden)
+                site.chain = sorted({*site.chain, *_ancestors(node, others)}, key=position.__getitem__)
         for user in node.users:
             if position[user] not in queued:
                 queued.add(position[user])
                 heapq.heappush(queue, position[user])
+    others.update(values)
     return site
+
+
+def _overwrite(node: Node, value: Any, values: dict[Node, Any]) -> None:
+    """After an operation in place, its operand has the new value too; other views of the memory must not be read."""
+    for target in written(node):
+        old = values.get(target)
+        for other in list(values):
+            if values[other] is old:
+                values[other] = value
+            elif other is not node and shares_memory(other, target) and any(user > node for user in other.users):
+                raise Refused("the logits are written in place, and read through another view; write to one tensor")
+
+
+def _ancestors(node: Node, values: dict[Node, Any]) -> set[Node]:
+    """The nodes with deferred values that a node is computed from."""
+    found: set[Node] = set()
+    stack = [node]
+    while stack:
+        new = {source for source in stack.pop().all_input_nodes if source in values} - found
+        found |= new
+        stack += new
+    return found
 
 
 def why_not(site: Site, transformed: set[Node], options: Options) -> Refusal | None:
