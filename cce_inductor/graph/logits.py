@@ -246,17 +246,16 @@ class DeferredLogits:
         That copies the weight, as the operator takes it in one piece. To fold the second product into the weight
         (weight + B @ A) would copy it too, round small updates away, and could not express dropout before A.
         """
-        parts = self._without_map(), other._without_map()
+        parts = sorted((self._without_map(), other._without_map()), key=lambda part: part.matmul)
         dtypes = {part.compute_dtype for part in parts}
         if len(dtypes) > 1 and (torch.float64 in dtypes or torch.float32 not in dtypes):
             raise Refused("the sum of two products is computed in two dtypes that do not fit; compute both in one")
         if not self.same_shape(other):
             raise Refused("the sum of two products of different shapes is needed in memory; give both the same shape")
         compute_dtype = min(dtypes, key=lambda dtype: dtype.itemsize)
-        first = min(self.matmul, other.matmul)
         return replace(
             self,
-            matmul=first,
+            matmul=parts[0].matmul,
             hidden=_joined([part.hidden for part in parts], compute_dtype),
             weight=_joined([part.weight for part in parts], compute_dtype),
             biases=(*parts[0].biases, *parts[1].biases),
@@ -332,6 +331,14 @@ class DeferredLogits:
             weight=self.weight.then(torch.detach),
             biases=tuple(bias.then(torch.detach) for bias in self.biases),
         )
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """Logits of several products stacked along a dimension; None stands for those of other sites."""
+
+    parts: tuple[DeferredLogits | None, ...]
+    dim: int
 
 
 def _joined(parts: list[Replay], dtype: torch.dtype) -> Replay:

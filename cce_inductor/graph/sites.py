@@ -14,7 +14,7 @@ from torch.fx import Graph, Node
 from ..compat import size_hint, statically_equal
 from ..options import Options
 from ..report import Refusal
-from . import maps, masks, matmuls, rows  # noqa: F401 (they register their rules)
+from . import maps, masks, matmuls, rows, stacks  # noqa: F401 (they register their rules)
 from .effects import grad_modes, shares_memory, written
 from .logits import DeferredLogits, Refused
 from .reductions import Reduction
@@ -62,16 +62,19 @@ def _follow(logits: DeferredLogits, position: dict[Node, int], others: dict[Node
             try:
                 values[node] = value = apply(node, values, others)
                 _overwrite(node, value, values)
+                if isinstance(value, DeferredLogits) and value.products > site.logits.products:
+                    _absorb(site, node, value, others)
+                    site.chain.sort(key=position.__getitem__)
             except Refused as refused:
                 values.pop(node, None)
                 site.escapes[node] = str(refused)
                 continue
+            if value is None:
+                del values[node]
+                continue
             if isinstance(value, Reduction):
                 site.reductions.append(value)
                 continue
-            if isinstance(value, DeferredLogits) and value.products > site.logits.products:
-                site.logits = replace(site.logits, matmul=value.matmul, width=value.width, hidden=value.hidden)
-                site.chain = sorted({*site.chain, *_ancestors(node, others)}, key=position.__getitem__)
         for user in node.users:
             if position[user] not in queued:
                 queued.add(position[user])
@@ -91,15 +94,19 @@ def _overwrite(node: Node, value: Any, values: dict[Node, Any]) -> None:
                 raise Refused("the logits are written in place, and read through another view; write to one tensor")
 
 
-def _ancestors(node: Node, values: dict[Node, Any]) -> set[Node]:
-    """The nodes with deferred values that a node is computed from."""
+def _absorb(site: Site, node: Node, sum_of_products: DeferredLogits, others: dict[Node, Any]) -> None:
+    """Another product, to which a node adds the site's, becomes part of the site."""
     found: set[Node] = set()
     stack = [node]
     while stack:
-        new = {source for source in stack.pop().all_input_nodes if source in values} - found
+        new = {source for source in stack.pop().all_input_nodes if source in others} - found
         found |= new
         stack += new
-    return found
+    if any(source in written(user) for source in found for user in source.users):
+        raise Refused("a product is written in place before another is added to it; add them first")
+    site.chain += found - set(site.chain)
+    parts = {name: getattr(sum_of_products, name) for name in ("matmul", "width", "hidden")}
+    site.logits = replace(site.logits, **parts)
 
 
 def why_not(site: Site, transformed: set[Node], options: Options) -> Refusal | None:

@@ -12,7 +12,7 @@ from .registry import operation
 from .sites import Site
 
 # Operations that prepare targets and may be moved before a reduction: no writes, no randomness.
-_MOVABLE = {
+MOVABLE = {
     "add", "and", "any", "arange", "bitwise_and", "bitwise_not", "bitwise_or", "bool", "cat", "chunk", "clamp",
     "clamp_max", "clamp_min", "clone", "contiguous", "cumsum", "detach", "eq", "expand", "flatten", "flip", "float",
     "floordiv", "full", "full_like", "gather", "ge", "getitem", "gt", "index_select", "int", "invert", "le", "logical_and",
@@ -108,7 +108,7 @@ def _make_available(reduction: Reduction, sweep: Sweep) -> bool:
     nodes = list(anchor.graph.nodes)
     between = nodes[nodes.index(anchor) : nodes.index(late[-1])]
     reads = {source for node in late for source in (node, *node.all_input_nodes)}
-    if any(operation(node) not in _MOVABLE for node in late) or first_write(between, reads) is not None:
+    if any(operation(node) not in MOVABLE for node in late) or first_write(between, reads) is not None:
         return False
     for node in late:
         anchor.prepend(node)
