@@ -108,10 +108,13 @@ def sub(call: Call, a: Any, b: Any, *, alpha: Any = 1) -> DeferredLogits:
     return with_dtype(call, _added(call, b.map(operator.neg), a, 1))
 
 
+_SHAPES_AND_CASTS = ("unsqueeze", "view", "reshape", "getitem", "to", "float", "type_as")
+
+
 def _is_log_sum_exp(call: Call, x: DeferredLogits, term: Any) -> bool:
     """Whether a term is the log-sum-exp of the very logits that it is subtracted from: log_softmax spelled out."""
     node = call.node.args[1] if len(call.node.args) > 1 else None
-    while isinstance(node, Node) and operation(node) in ("unsqueeze", "view", "reshape", "to", "float", "type_as"):
+    while isinstance(node, Node) and operation(node) in _SHAPES_AND_CASTS:
         node = node.args[0]
     reduced = call.values.get(node)
     tensor, source = tensor_of(call.node.args[1]), tensor_of(node)

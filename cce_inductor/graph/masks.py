@@ -46,6 +46,8 @@ def compare(call: Call, x: DeferredLogits, other: Any) -> Condition:
 @rule("where")
 def where(call: Call, condition: Any, a: Any, b: Any) -> DeferredLogits:
     """A choice by the logits themselves, or a mask over the vocabulary."""
+    if call.node.op == "call_method":  # x.where(condition, other)
+        condition, a = a, condition
     if isinstance(condition, Condition):
         x = condition.logits
         branches = [_branch(x, value) for value in (a, b)]
