@@ -34,7 +34,9 @@ def written(node: Node) -> list[Node]:
         return node.all_input_nodes if _is_mutable(target) else []
     if isinstance(target, torch._ops.HigherOrderOperator):
         return node.all_input_nodes if "mutation" in target.name() else []
-    in_place = _ends_in_place(getattr(target, "__name__", "")) or _inplace_argument(node)
+    name = getattr(target, "__name__", "")
+    is_keyword = getattr(operator, name, None) is target  # operator.and_ and operator.or_ write nothing
+    in_place = (_ends_in_place(name) and not is_keyword) or _inplace_argument(node)
     return _first(node) if in_place else []
 
 

@@ -25,7 +25,7 @@ class Refused(Exception):  # noqa: N818 (it is an answer, not an error)
 
 @dataclass(frozen=True)
 class Step:
-    """One call to replay: function(value, *args).
+    """One call to replay: function(value, *args), the args with nodes and replays among them.
 
     A reshape keeps the order of the elements; its args are None where the sizes can't be written as arguments.
     """
@@ -73,6 +73,7 @@ class Replay:
             nodes.append(self.source)
         for step in self.steps:
             map_arg(step.args, nodes.append)
+            nodes += [node for arg in step.args or () if isinstance(arg, Replay) for node in arg.operands()]
         return nodes
 
     def emit(self, call: Callable[..., Node]) -> Node:
@@ -84,7 +85,8 @@ class Replay:
         for step in self.steps:
             if step.args is None:
                 raise Refused("rows are reshaped to several dynamic sizes that are not arguments of the call")
-            value = call(step.function, value, *step.args)
+            args = [arg.emit(call) if isinstance(arg, Replay) else arg for arg in step.args]
+            value = call(step.function, value, *args)
         return value
 
 
@@ -322,6 +324,16 @@ class DeferredLogits:
             self,
             hidden=self.hidden.then(function, factor),
             biases=tuple(bias.then(function, factor).then(torch.flatten) for bias in self.biases),
+        )
+
+    def scale_classes(self, function: Callable, factors: Replay) -> "DeferredLogits":
+        """After multiplying or dividing by a vector [V] of the program: it moves to the weight, a copy, and biases."""
+        if not self.is_scalable or self.vocab_dim != self.ndim - 1:
+            raise Refused("a vector over the vocabulary scales the logits after another map; scale first")
+        return replace(
+            self,
+            weight=self.weight.then(function, factors.then(torch.unsqueeze, -1)),
+            biases=tuple(bias.then(function, factors) for bias in self.biases),
         )
 
     def detach(self) -> "DeferredLogits":

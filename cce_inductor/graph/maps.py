@@ -86,7 +86,10 @@ def _scaled(x: DeferredLogits, factor: Any, on_expressions: Any, on_tensors: Any
         return x.map(lambda z: on_expressions(z, number))
     if _is_scalar(factor):
         return x.scale(on_tensors, factor)
-    raise Refused("the logits are scaled by a tensor of more than one number; scale the hidden states or the weight")
+    tensor = tensor_of(factor)
+    if tensor is not None and is_vocab_vector(tuple(tensor.shape), x.vocab_size):
+        return x.scale_classes(on_tensors, vocab_vector(factor))
+    raise Refused("the logits are scaled by a tensor that differs from row to row; scale the hidden states by it")
 
 
 @rule("add")

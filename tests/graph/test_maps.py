@@ -219,6 +219,26 @@ def test_bias(add, shape, with_argument):
     check(program, hidden(), weight(), bias(*shape), bias().detach().flip(0).requires_grad_(), labels())
 
 
+CLASS_SCALES = {
+    "mul": lambda x, s: x * s,
+    "div": lambda x, s: x / (s.abs() + 1),
+    "in_float32": lambda x, s: x.float() * (s.float() * 2.0),
+    "before_a_softcap": lambda x, s: 5 * torch.tanh(x * s / 5),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", CLASS_SCALES.values(), ids=CLASS_SCALES)
+def test_scale_by_a_learned_vector(scale, dtype):
+    """One number for each class: it moves to the weight."""
+
+    def program(h, w, b, s, t):
+        return F.cross_entropy(scale(F.linear(h, w, b), s).view(-1, V), t.view(-1))
+
+    factors = torch.linspace(0.5, 2.0, V).to(dtype).requires_grad_()
+    check(program, hidden(dtype=dtype), weight(dtype=dtype), bias(dtype=dtype), factors, labels())
+
+
 class Marian(torch.nn.Module):
     """Adds a [1, V] buffer to the logits."""
 
@@ -260,7 +280,8 @@ def test_the_bias_gets_its_gradient_in_its_own_shape():
 REFUSED = {
     "bias_after_softcap": (lambda x, b: torch.tanh(x) + b, "after a non-linear map"),
     "scale_tensor_after_softcap": (lambda x, b: torch.tanh(x) * b.sum(), "scalar tensor scales the logits after"),
-    "scale_by_a_vector": (lambda x, b: x * b, "more than one number"),
+    "scale_by_rows": (lambda x, b: x * x.new_ones(x.size(1), 1), "differs from row to row"),
+    "vector_after_softcap": (lambda x, b: torch.tanh(x) * b, "scale first"),
     "divided": (lambda x, b: b / (x + 100), "divided by the logits"),
     "shifted_rows": (lambda x, b: x * x[:, :1], "other rows, are combined"),
     "compared_with_a_vector": (lambda x, b: torch.where(b > x, 0.0, x), "only a boolean mask [V]"),

@@ -12,6 +12,7 @@ import argparse
 import collections
 import concurrent.futures
 import logging
+import resource
 import signal
 import warnings
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ import cce_inductor
 from cce_inductor.graph.driver import rewrite_module
 
 EVERYTHING = {"min_vocab": 0, "min_logits_bytes": 0}
-TIMEOUT = 180
+TIMEOUT = 120  # seconds, to build a model or to compare it
+MEMORY = 8 << 30
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,14 @@ class Result:
 def examine(kind: str, name: str, loss_only: bool, through_inductor: bool) -> Result:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     signal.signal(signal.SIGALRM, _too_slow)
     signal.alarm(TIMEOUT)
     try:
         model = tiny.model(name, kind)
         given = tiny.inputs(model)
         _without_dropout(model)
+        torch.manual_seed(0)
         eager = _loss_and_gradients(model, model(**given).loss)
     except Exception as error:
         return Result(kind, name, "not built", _one_line(error))
@@ -69,6 +73,7 @@ def _compare(kind, name, model, function, given, eager, through_inductor) -> Res
         return module.forward
 
     torch._dynamo.reset()
+    torch.manual_seed(0)
     if through_inductor:
         compiled = torch.compile(function, backend="cce", options=EVERYTHING)
         with cce_inductor.capture_reports() as reports:
