@@ -101,7 +101,6 @@ class _IgnoredFunctions(set):
             and self._applies(_backend_being_traced_for())
         )
 
-
     def __reduce__(self) -> tuple:
         """Copies, which torch makes to describe its configuration, are plain sets."""
         return set, (list(self),)
@@ -111,7 +110,7 @@ def _backend_being_traced_for() -> Any:
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
-        backend = InstructionTranslator.current_tx().output.compiler_fn
+        backend: Any = InstructionTranslator.current_tx().output.compiler_fn
     except AttributeError:  # nothing is being traced
         return None
     while hasattr(backend, "_torchdynamo_orig_backend"):  # Dynamo's debugging wrapper

@@ -226,6 +226,8 @@ def _evaluate_expr(expr: sympy.Expr, values: dict[sympy.Symbol, Any]) -> Any:
         return functools.reduce(operator.mul, args)
     if expr.is_Pow:
         return args[0] ** args[1]
+    if type(expr) is where:  # of two numbers torch.where would make a tensor of the default dtype
+        args[1:] = [arg if isinstance(arg, torch.Tensor) else values[Z].new_full((), arg) for arg in args[1:]]
     return FUNCTIONS[type(expr).__name__][1](*args)
 
 

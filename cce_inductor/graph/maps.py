@@ -116,7 +116,7 @@ _SHAPES_AND_CASTS = ("unsqueeze", "view", "reshape", "getitem", "to", "float", "
 
 def _is_log_sum_exp(call: Call, x: DeferredLogits, term: Any) -> bool:
     """Whether a term is the log-sum-exp of the very logits that it is subtracted from: log_softmax spelled out."""
-    node = call.node.args[1] if len(call.node.args) > 1 else None
+    node: Any = call.node.args[1] if len(call.node.args) > 1 else None
     while isinstance(node, Node) and operation(node) in _SHAPES_AND_CASTS:
         node = node.args[0]
     reduced = call.values.get(node)

@@ -131,10 +131,14 @@ def _mask_of_classes(x: DeferredLogits, classes: Any) -> Replay:
         return on_device.then(torch.Tensor.new_zeros, (size,)).then(torch.index_fill, 0, classes, 1.0).then(torch.gt, 0)
     if isinstance(classes, int):
         classes = slice(classes, classes + 1 or None)
-    if not isinstance(classes, slice) or any(isinstance(number, Node) for number in (classes.start, classes.stop, classes.step)):
+    if not isinstance(classes, slice) or _has_nodes(classes):
         raise Refused("classes are written that are no slice, index tensor or mask [V]; write one of these")
     chosen_ones = range(*classes.indices(size))
     if chosen_ones.step != 1:
         raise Refused("classes are written with a step; write a mask [V]")
     padding = (chosen_ones.start, size - chosen_ones.start - len(chosen_ones))
     return on_device.then(torch.Tensor.new_ones, (len(chosen_ones),)).then(F.pad, padding).then(torch.gt, 0)
+
+
+def _has_nodes(part: slice) -> bool:
+    return any(isinstance(number, Node) for number in (part.start, part.stop, part.step))

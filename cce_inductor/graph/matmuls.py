@@ -36,7 +36,8 @@ def start(node: Node, grad_modes: dict[Node, bool]) -> DeferredLogits | None:
     shape, vocab_dim = tuple(map(constant_size, output.shape)), output.dim() - 1
     width = constant_size(tensor_of(hidden.source).shape[-1])
     if operation(node) == "einsum":
-        letters = _einsum_letters(*node.args)
+        args: Any = node.args
+        letters = _einsum_letters(*args)
         assert letters is not None, "_einsum() has read the equation"
         vocab_dim = letters.output.index(letters.vocab)
         width = constant_size(tensor_of(hidden.source).shape[letters.hidden.index(letters.width)])

@@ -24,8 +24,8 @@ HIDDEN, WEIGHT, TARGET = 0, 1, 3  # places among the operator's arguments
 RESULTS = 4  # lse, picked, total, lse_rest; an approximate backward keeps the fifth to itself
 # Arithmetic on losses, beside what prepares targets.
 _SINKABLE = MOVABLE | {
-    "abs", "clone", "div", "exp", "expm1", "log", "log1p", "maximum", "mean", "min", "minimum", "pow", "relu", "sigmoid",
-    "sqrt", "square",
+    "abs", "clone", "div", "exp", "expm1", "log", "log1p", "maximum", "mean", "min", "minimum", "pow", "relu",
+    "sigmoid", "sqrt", "square",
 }  # fmt: skip
 
 
@@ -108,7 +108,7 @@ def _emit(calls: list[Node], emitter: Emitter) -> list[tuple[Node, Node]]:
     """(an old result, its part of the joint one) for every result that is used."""
     last = calls[-1]
     args: list[Any] = list(last.args)
-    hidden = [call.args[HIDDEN] for call in calls]
+    hidden: list[Any] = [call.args[HIDDEN] for call in calls]
     args[HIDDEN] = emitter.call(torch.cat, hidden)
     if last.args[TARGET] is not None:
         args[TARGET] = emitter.call(torch.cat, [call.args[TARGET] for call in calls])

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-from .logits import DeferredLogits, Refused, Stacked
+from .logits import Refused, Stacked
 
 Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}
@@ -95,13 +95,11 @@ def apply(node: Node, values: dict[Node, Any], others: dict[Node, Any] | None = 
     """
     name = operation(node)
     base = out_of_place(name)
-    first = node.args[0] if node.args else node.kwargs.get("input")
+    first: Any = node.args[0] if node.args else node.kwargs.get("input")
     function = RULES.get(f"stacked.{base}" if isinstance(values.get(first), Stacked) else base)
     if function is None:
         raise Refused(f"`{name}` of the logits is not understood, so they are needed in memory")
-    args = [
-        _operand(arg, values, base == "stack") for arg in (node.args[:1] if node.target is getattr else node.args)
-    ]
+    args = [_operand(arg, values, base == "stack") for arg in (node.args[:1] if node.target is getattr else node.args)]
     kwargs = {key: _operand(arg, values) for key, arg in node.kwargs.items()}
     further = any(operand is not first for operand in node.all_input_nodes if operand in values)
     if further and (base not in ANY_OPERAND or (name != base and first not in values)):

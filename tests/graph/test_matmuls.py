@@ -192,7 +192,6 @@ def test_einsum_that_moves_rows_and_vocabulary():
 NOT_HEADS = {
     "einsum_of_batches": lambda h, w: torch.einsum("bsd,bvd->bsv", h, w.expand(B, V, D)),
     "einsum_without_arrow": lambda h, w: torch.einsum("bsd,zd", h, w),
-
     "two_batches": lambda h, w: torch.bmm(h, w.t().expand(B, D, V)),
     "three_operands": lambda h, w: torch.einsum("bsd,vd,d->bsv", h, w, w[0]),
     "vocabulary_in_both": lambda h, w: torch.einsum("bsd,sd->bsd", h, h[0]) @ w[:, :].repeat(1, 1)[None].mT,

@@ -3,7 +3,20 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import D, S, V, assert_like_eager, check, elements, hidden, labels, nodes_of, run_compiled, tensors_of, weight
+from helpers import (
+    D,
+    S,
+    V,
+    assert_like_eager,
+    check,
+    elements,
+    hidden,
+    labels,
+    nodes_of,
+    run_compiled,
+    tensors_of,
+    weight,
+)
 
 HALF = torch.bfloat16
 
@@ -182,9 +195,7 @@ def test_both_directions_of_a_contrastive_loss(transpose, dtype):
 def rows_in_a_loop(h, w, t):
     """TRL reads the log-probabilities row by row."""
     x = F.linear(h, w) / 0.7
-    picked = [
-        row.log_softmax(-1).gather(-1, index.unsqueeze(-1)).squeeze(-1) for row, index in zip(x, t, strict=True)
-    ]
+    picked = [row.log_softmax(-1).gather(-1, index.unsqueeze(-1)).squeeze(-1) for row, index in zip(x, t, strict=True)]
     return -torch.stack(picked).mean()
 
 

@@ -48,7 +48,7 @@ def examine(kind: str, name: str, loss_only: bool, through_inductor: bool) -> Re
     try:
         model = tiny.model(name, kind)
         given = tiny.inputs(model)
-        _without_dropout(model)
+        tiny.without_dropout(model)
         torch.manual_seed(0)
         eager = _loss_and_gradients(model, model(**given).loss)
     except Exception as error:
@@ -93,16 +93,6 @@ def _compare(kind, name, model, function, given, eager, through_inductor) -> Res
         return Result(kind, name, "rewritten", "; ".join(refused))
     reason = "; ".join(refused) or "no loss over logits was found"
     return Result(kind, name, "refused", f"{len(reports)} graph(s): {reason}")
-
-
-def _without_dropout(model) -> None:
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    for module in model.modules():
-        for attribute in ("dropout", "attention_dropout", "activation_dropout", "layerdrop", "encoder_layerdrop"):
-            if isinstance(getattr(module, attribute, None), float):
-                setattr(module, attribute, 0.0)
 
 
 def _loss_and_gradients(model, loss) -> list:
