@@ -50,6 +50,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("audio_token_id", "audio_token_index"), 4),
     **dict.fromkeys(("vision_start_token_id", "boi_token_index"), 5),
     **dict.fromkeys(("vision_end_token_id", "eoi_token_index"), 6),
+    "attention_types": [[["global", "local"], 1]],
     **dict.fromkeys(("is_decoder",), True),
 }
 
