@@ -18,8 +18,8 @@ MOVABLE = {
     "floordiv", "full", "full_like", "gather", "ge", "getitem", "gt", "index_select", "int", "invert", "le",
     "logical_and", "logical_not", "logical_or", "long", "lt", "masked_fill", "movedim", "mul", "narrow", "ne", "neg",
     "new_full", "new_ones", "new_zeros", "ones", "ones_like", "pad", "permute", "remainder", "repeat", "reshape",
-    "roll", "select", "shape", "size", "split", "squeeze", "stack", "sub", "sum", "t", "to", "transpose", "tril", "triu",
-    "type_as", "unbind", "unflatten", "unsqueeze", "view", "where", "xor", "zeros", "zeros_like",
+    "roll", "select", "shape", "size", "split", "squeeze", "stack", "sub", "sum", "t", "to", "transpose", "tril",
+    "triu", "type_as", "unbind", "unflatten", "unsqueeze", "view", "where", "xor", "zeros", "zeros_like",
 }  # fmt: skip
 
 
