@@ -102,12 +102,14 @@ def apply(node: Node, values: dict[Node, Any], others: dict[Node, Any] | None = 
     args = [_operand(arg, values, base == "stack") for arg in (node.args[:1] if node.target is getattr else node.args)]
     kwargs = {key: _operand(arg, values) for key, arg in node.kwargs.items()}
     further = any(operand is not first for operand in node.all_input_nodes if operand in values)
-    if further and (base not in ANY_OPERAND or (name != base and first not in values)):
+    others = others or {}
+    writes_another = name != base and first not in values and first not in others
+    if further and (base not in ANY_OPERAND or writes_another):
         raise Refused(f"the logits are not what `{name}` works on but another argument, so they are needed in memory")
     args = [kwargs.pop("input"), *args] if "input" in kwargs else args
     args = [*args, kwargs.pop("other")] if "other" in kwargs else args
     try:
-        return function(Call(node, values, others or {}, node.meta.get("example_value")), *args, **kwargs)
+        return function(Call(node, values, others, node.meta.get("example_value")), *args, **kwargs)
     except Refused:
         raise
     except Exception as error:

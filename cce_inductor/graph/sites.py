@@ -102,8 +102,16 @@ def _absorb(site: Site, node: Node, sum_of_products: DeferredLogits, others: dic
         new = {source for source in stack.pop().all_input_nodes if source in others} - found
         found |= new
         stack += new
-    if any(source in written(user) for source in found for user in source.users):
-        raise Refused("a product is written in place before another is added to it; add them first")
+    written_before = any(source in written(user) for source in found for user in source.users if user is not node)
+    read_later = any(
+        user > node
+        for target in written(node)
+        for source in others
+        if shares_memory(source, target)
+        for user in source.users
+    )
+    if written_before or read_later:
+        raise Refused("one of two products that are added is written in place besides; write after adding, to the sum")
     site.chain += found - set(site.chain)
     parts = {name: getattr(sum_of_products, name) for name in ("matmul", "width", "hidden")}
     site.logits = replace(site.logits, **parts)

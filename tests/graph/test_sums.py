@@ -104,6 +104,29 @@ def test_two_low_rank_updates_of_a_head_that_is_trained_too():
     assert ours.report.rewritten[0].shape[2] == str(D + 5)
 
 
+def test_an_update_added_in_place():
+    def program(h, w, a, b, t):
+        result = F.linear(h, w)
+        result += F.linear(F.linear(h, a), b) * 2.0
+        return loss_of(result, t)
+
+    ours = check(program, hidden(), weight(), weight(2, D), weight(V, 2), labels(), logits_in_memory=True)
+    assert_no_logits(ours, labels().numel())
+
+
+def test_an_update_added_in_place_to_logits_that_are_read_through_another_view():
+    def program(h, w, a, b, t):
+        result = F.linear(h, w)
+        flat = result.view(-1, V)
+        result += F.linear(F.linear(h, a), b) * 2.0
+        return F.cross_entropy(flat, t.view(-1)) + 0 * loss_of(result, t)
+
+    given = (hidden(), weight(), weight(2, D), weight(V, 2), labels())
+    ours = run_compiled(program, *given)
+    assert ours.report.rewritten == []
+    assert_like_eager(ours, program, given)
+
+
 def test_the_update_is_needed_elsewhere_too():
     """Both are rewritten no further than they can: the update is computed, the loss is not read from logits."""
 
