@@ -30,7 +30,14 @@ _SINKABLE = MOVABLE | {
 
 
 def merge_calls(graph: Graph) -> None:
-    """Joins the calls that can be joined; a graph in which that fails stays as it was."""
+    """Joins the calls that can be joined; never raises, and a graph in which that fails stays as it was."""
+    try:
+        _merge_calls(graph)
+    except Exception:
+        log.warning("calls of the operator could not be joined, the graph stays as it was", exc_info=True)
+
+
+def _merge_calls(graph: Graph) -> None:
     modes = grad_modes(graph)
     groups: dict[Any, list[Node]] = {}
     for node in graph.nodes:
@@ -92,9 +99,8 @@ def _merge(calls: list[Node], users: list[Node], grad_enabled: bool) -> None:
         with emitter.at(next(iter(last.users)), grad_enabled):
             replacements = _emit(calls, emitter)
     except Exception:
-        log.warning("calls of the operator could not be joined, the graph stays as it was", exc_info=True)
         emitter.undo()
-        return
+        raise
     for node in reversed(users):
         emitter.nodes[-1].append(node)
     for old, new in replacements:

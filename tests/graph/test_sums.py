@@ -18,6 +18,8 @@ from helpers import (
     weight,
 )
 
+from cce_inductor.graph import merge
+
 HALF = torch.bfloat16
 
 
@@ -267,6 +269,15 @@ def test_losses_on_one_weight_share_a_call(program, rewrites, dtype, dynamic):
         pytest.skip("the number of rows or chunks is a constant of the program")
     given = (hidden(dtype=dtype), torch.nn.Parameter(weight(dtype=dtype).detach()), labels())
     check(program, *given, rewrites=rewrites, dynamic=dynamic, logits_in_memory=rewrites > 1)
+
+
+@pytest.mark.parametrize("name", ["_key", "_may_move", "_emit"])
+def test_a_failure_to_join_leaves_the_calls_apart(monkeypatch, name):
+    def fail(*_):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(merge, name, fail)
+    check(two_heads, hidden(), weight(), labels(), rewrites=2, calls=2, logits_in_memory=True)
 
 
 def test_calls_are_not_joined_where_the_second_needs_the_first():
