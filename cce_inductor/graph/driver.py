@@ -6,7 +6,8 @@ from ..options import Options
 from ..report import Refusal, Report, log
 from .effects import inside_transforms
 from .logits import Refused
-from .rewrite import Rewriting
+from .merge import merge_calls
+from .rewrite import Rewriting, finish
 from .sites import Site, find_sites, is_worth_reporting, orphan_losses, refusal, why_not
 
 
@@ -27,9 +28,9 @@ def rewrite_module(module: GraphModule, options: Options, nested: bool = False) 
         reason = f"the pass failed: {type(error).__name__}: {error}"
         report = Report(refused=[Refusal("", "cce_inductor", reason)])
     else:
-        for rewriting in rewritings:
-            rewriting.finish()
         if rewritings:
+            finish(module.graph, rewritings)
+            merge_calls(module.graph)
             module.recompile()
     for _, child in module.named_children():
         if isinstance(child, GraphModule):

@@ -85,7 +85,7 @@ def cross_entropy(
 ) -> Reduction:
     if size_average is not None or reduce is not None:
         raise Refused("it uses the deprecated arguments size_average or reduce; use reduction=")
-    _require_class_dim(input)
+    input = _classes_in_place(input)
     _require_targets(input, target)
     if label_smoothing and not isinstance(input.vocab_size, int):
         raise Refused("label smoothing needs a vocabulary of a constant size")
@@ -203,9 +203,9 @@ def _require_vocab(x: DeferredLogits, dim: Any) -> None:
         raise Refused("it reduces another dimension than the vocabulary")
 
 
-def _require_class_dim(x: DeferredLogits) -> None:
-    if x.vocab_dim != (1 if x.ndim > 1 else 0):
-        raise Refused("its class dimension is not the vocabulary of the matmul")
+def _classes_in_place(x: DeferredLogits) -> DeferredLogits:
+    """Logits whose class dimension is the vocabulary; of their transpose the rows are the classes."""
+    return x if x.vocab_dim == min(1, x.ndim - 1) else x.swapped()
 
 
 def _require_targets(x: DeferredLogits, target: Any) -> None:

@@ -7,14 +7,14 @@ import functools
 import operator
 
 import torch
-from torch.fx import Node, Proxy
+from torch.fx import Graph, Node, Proxy
 
 from ..compat import fix, statically_equal
 from ..ops.library import vocab_reductions
 from ..options import Options
 from ..report import Rewrite
 from . import in_forward
-from .effects import first_write
+from .effects import first_write, written
 from .emitter import Emitter
 from .logits import Refused
 from .reductions import Results
@@ -24,7 +24,7 @@ from .sweeps import Sweep, sweeps_of
 
 
 class Rewriting:
-    """One site with the new nodes in use and the old ones still there. `undo()` or `finish()` ends it."""
+    """One site with the new nodes in use and the old ones still there. `undo()` or `finish` ends it."""
 
     def __init__(self, site: Site, options: Options, once: bool) -> None:
         """Raises `Refused`, or whatever went wrong, with the graph as it was.
@@ -66,11 +66,24 @@ class Rewriting:
         for node in self._order:  # some may have moved
             self._graph.output_node().prepend(node)
 
-    def finish(self) -> None:
-        """Erases what is no longer used."""
-        for node in (*reversed(self._site.chain), *reversed(self._emitter.nodes)):
-            if not node.users:
-                self._graph.erase_node(node)
+    @property
+    def loose(self) -> set[Node]:
+        """The nodes that the rewrite leaves behind, or has made, some of them unused."""
+        return {*self._site.chain, *self._emitter.nodes}
+
+
+def finish(graph: Graph, rewritings: list[Rewriting]) -> None:
+    """Erases what is no longer used. What several sites share goes when the last of them needs it no more."""
+    unused = {node for rewriting in rewritings for node in rewriting.loose}
+    while True:
+        # a write in place is a use of what it writes
+        used = {node for node in unused if any(not unused.issuperset(n.users) for n in (node, *written(node)))}
+        if not used:
+            break
+        unused -= used
+    for node in reversed(list(graph.nodes)):
+        if node in unused:
+            graph.erase_node(node)
 
 
 def _emit(sweep: Sweep, site: Site, emitter: Emitter, options: Options, once: bool) -> list[tuple[Node, Node]]:

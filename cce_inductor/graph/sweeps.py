@@ -5,17 +5,21 @@ from typing import Any
 
 from torch.fx import Node
 
-from .effects import grad_modes, never_written_after, written
+from .effects import first_write, grad_modes, never_written_after, written
 from .logits import DeferredLogits, Refused
 from .reductions import Reduction
 from .registry import operation
 from .sites import Site
 
 # Operations that prepare targets and may be moved before a reduction: no writes, no randomness.
-_MOVABLE = {
-    "getitem", "view", "reshape", "flatten", "contiguous", "to", "long", "clone", "pad", "squeeze", "unsqueeze", "roll",
-    "clamp", "clamp_min", "where", "masked_fill", "ne", "eq", "lt", "ge", "narrow", "transpose", "permute", "full_like",
-    "cat", "new_full", "chunk", "split", "detach",
+MOVABLE = {
+    "add", "any", "arange", "bitwise_and", "bitwise_not", "bitwise_or", "bool", "cat", "chunk", "clamp",
+    "clamp_max", "clamp_min", "clone", "contiguous", "cumsum", "detach", "eq", "expand", "flatten", "flip", "float",
+    "floordiv", "full", "full_like", "gather", "ge", "getitem", "gt", "index_select", "int", "invert", "le",
+    "logical_and", "logical_not", "logical_or", "long", "lt", "masked_fill", "movedim", "mul", "narrow", "ne", "neg",
+    "new_full", "new_ones", "new_zeros", "ones", "ones_like", "pad", "permute", "remainder", "repeat", "reshape",
+    "roll", "select", "shape", "size", "split", "squeeze", "stack", "sub", "sum", "t", "to", "transpose", "tril",
+    "triu", "type_as", "unbind", "unflatten", "unsqueeze", "view", "where", "xor", "zeros", "zeros_like",
 }  # fmt: skip
 
 
@@ -90,7 +94,7 @@ def sweeps_of(site: Site) -> list[Sweep]:
 def _path(reduction: Reduction, site: Site) -> set[Node]:
     """The nodes that the logits go through from the matmul to a reduction."""
     deferred = set(site.chain) - {other.node for other in site.reductions}
-    path: set[Node] = set()
+    path = {node for node in deferred if written(node) and node < reduction.node}
     stack = [reduction.node]
     while stack:
         new = deferred.intersection(stack.pop().all_input_nodes) - path
@@ -107,7 +111,8 @@ def _make_available(reduction: Reduction, sweep: Sweep) -> bool:
         return True
     nodes = list(anchor.graph.nodes)
     between = nodes[nodes.index(anchor) : nodes.index(late[-1])]
-    if any(operation(node) not in _MOVABLE for node in late) or any(map(written, between)):
+    reads = {source for node in late for source in (node, *node.all_input_nodes)}
+    if any(operation(node) not in MOVABLE for node in late) or first_write(between, reads) is not None:
         return False
     for node in late:
         anchor.prepend(node)
