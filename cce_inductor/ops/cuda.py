@@ -13,6 +13,7 @@ from ..kernels.backward import gradient_kernel
 from ..kernels.config import tile_config
 from ..kernels.forward import forward_kernel
 from ..kernels.picked import picked_kernel
+from ..kernels.targets import targets_kernel
 from . import cpu, sparse
 from .blocks import ALIGNMENT, exact_backward
 from .launch import can_use_tma, describable, device_properties, interpretable
@@ -73,9 +74,10 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         )
     lse = torch.logsumexp(tile_lse, 0)
     total = torch.zeros_like(lse) if tile_total is None else tile_total.sum(0)
-    if problem.counts is not None:  # what the kernel left out was never written
-        lse = torch.where(problem.counts, lse, float("inf"))
-        total = torch.where(problem.counts, total, 0.0)
+    counts = problem.counts
+    if counts is not None:  # what the kernel left out was never written
+        lse = torch.where(counts, lse, float("inf"))
+        total = torch.where(counts, total, 0.0) if problem.want_total else total
     return lse, _picked(problem, lse), total, torch.zeros_like(lse), tile_lse if kept else problem.tile_lse(0)
 
 
@@ -84,22 +86,44 @@ class _Rows:
     """The rows that the forward computes."""
 
     hidden: Tensor  # [N, D], of which the first `count` rows are computed
-    row_of: Tensor | None  # [N], int64: their places in the results; None if all are computed, in order
+    row_of: Tensor | None  # [N], int32: their places in the results; None if all are computed, in order
     count: Tensor | None  # [], int32
 
     @classmethod
     def of(cls, problem: Problem) -> "_Rows":
-        if problem.counts is None:
+        """Asserts, on the device and without a synchronisation, that the targets are right, as eager's kernels do."""
+        if problem.target is None:
             return cls(problem.hidden, None, None)
-        row_of = torch.argsort(~problem.counts, stable=True)
-        return cls(problem.hidden[row_of], row_of, problem.counts.sum(dtype=torch.int32))
+        some = problem.leaves_out
+        good = torch.empty((), dtype=torch.bool, device=problem.target.device)
+        # where fewer rows count than there are, the places that are left point to some row
+        row_of = torch.zeros_like(problem.target, dtype=torch.int32) if some else None
+        count = torch.empty((), dtype=torch.int32, device=problem.target.device) if some else None
+        targets_kernel[(1,)](
+            target=problem.target,
+            good=good,
+            row_of=row_of,
+            row_count=count,
+            num_rows=problem.num_rows,
+            num_columns=problem.vocab_size,
+            ignore_index=problem.ignore_index or 0,
+            HAS_IGNORE_INDEX=problem.ignore_index is not None,
+            SOME_ROWS=some,
+            ROWS=1024,
+        )
+        torch._assert_async(good, "cce_inductor: a target lies outside [0, vocabulary size) and is not ignore_index")
+        return cls(problem.hidden if row_of is None else problem.hidden[row_of], row_of, count)
+
+
+def assert_targets(problem: Problem) -> None:
+    """A device-side assertion. On the CPU it raises at once."""
+    _Rows.of(problem)
 
 
 def _picked(problem: Problem, lse: Tensor) -> Tensor:
     """The logits of the targets [N], or zeros without targets."""
     if problem.target is None:
         return torch.zeros_like(lse)
-    assert_targets(problem)
     picked = torch.empty_like(lse)
     picked_kernel[(problem.num_rows,)](
         hidden=problem.hidden,
@@ -177,17 +201,6 @@ def _block_shape(problem: Problem) -> tuple[int, int]:
     rows = max(1, min(problem.num_rows, elements // min(problem.vocab_size, NARROWEST_SLICE)))
     columns = max(1, elements // rows // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
     return rows, min(columns, -(-problem.vocab_size // ALIGNMENT) * ALIGNMENT)
-
-
-def assert_targets(problem: Problem) -> None:
-    """A device-side assertion, as eager's kernels have it: no synchronisation. On the CPU it raises at once."""
-    if problem.target is not None:
-        good = (problem.target >= 0) & (problem.target < problem.vocab_size)
-        if problem.ignore_index is not None:
-            good |= problem.target == problem.ignore_index
-        torch._assert_async(
-            good.all(), "cce_inductor: a target lies outside [0, vocabulary size) and is not ignore_index"
-        )
 
 
 class Launch:

@@ -90,6 +90,11 @@ class Problem:
         return accumulate_dtype(self.compute_dtype)
 
     @property
+    def leaves_out(self) -> bool:
+        """Whether results of ignored rows may be left out: there may be such rows, and nobody reads theirs."""
+        return self.skip_ignored and self.target is not None and self.ignore_index is not None
+
+    @property
     def counts(self) -> Tensor | None:
         """Which rows count [N]; None where all do, or where somebody may read the results of those that don't."""
         if not self.skip_ignored or self.target is None or self.ignore_index is None:
