@@ -5,10 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._guards import TracingContext
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._logging import getArtifactLogger
 from torch._logging._internal import register_artifact
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 __all__ = [
@@ -22,8 +23,10 @@ __all__ = [
     "get_hash_for_files",
     "inductor_backend",
     "inductor_option_names",
+    "is_tracing",
     "size_hint",
     "statically_equal",
+    "unset_fake_temporarily",
 ]
 
 
@@ -53,6 +56,11 @@ def artifact_logger(name: str, description: str) -> logging.Logger:
     """A logger that TORCH_LOGS=name turns on; it must be asked for once, at import."""
     register_artifact(name, description, visible=True)
     return getArtifactLogger(name, name)
+
+
+def is_tracing() -> bool:
+    """Whether a program is being compiled, by Dynamo or by what it hands graphs to."""
+    return TracingContext.try_get() is not None
 
 
 def statically_equal(a: Any, b: Any) -> bool:
