@@ -12,6 +12,7 @@ from torch.fx import Graph, GraphModule
 from . import compat
 from .compat import CustomGraphPass
 from .graph.driver import rewrite_module
+from .graph.returned import LazyResults
 from .options import Options
 from .report import Report, publish
 
@@ -37,8 +38,9 @@ def cce_backend(
     """
     ours, inductors = Options.split(options)
     inductor = compat.inductor_backend(mode or ours.mode, inductors)
-    publish(rewrite_module(gm, ours), ours.on_refusal)
-    return inductor(gm, example_inputs)
+    lazy = LazyResults(gm.graph)
+    publish(rewrite_module(gm, ours, lazy), ours.on_refusal)
+    return lazy.around(inductor(gm, example_inputs))
 
 
 class _PreGradPass(CustomGraphPass):
@@ -117,9 +119,10 @@ def explain(function: Callable, options: dict[str, Any] | None = None) -> Callab
         total = Report(graphs=0)
 
         def backend(gm: GraphModule, example_inputs: list[Any]) -> Callable:
-            total.extend(rewrite_module(gm, ours))
+            lazy = LazyResults(gm.graph)
+            total.extend(rewrite_module(gm, ours, lazy))
             total.graphs += 1
-            return gm.forward
+            return lazy.around(gm.forward)
 
         torch._dynamo.reset()
         try:

@@ -6,19 +6,31 @@ from ..options import Options
 from ..report import Refusal, Report, log
 from .effects import inside_transforms
 from .logits import Refused
+from .returned import LazyResults
 from .rewrite import Rewriting
 from .sites import Site, find_sites, is_worth_reporting, orphan_losses, refusal, why_not
 
 
-def rewrite_module(module: GraphModule, options: Options) -> Report:
+MATERIALIZE = 'the option logits is "materialize"'
+SUBGRAPH = "they leave a subgraph of the program (a checkpoint, for instance)"
+NO_CALLER = "lazy logits need backend=cce; under enable() nobody is there to make them"
+
+
+def rewrite_module(module: GraphModule, options: Options, lazy: LazyResults | None = None) -> Report:
     """Rewrites a module of Dynamo's in place, subgraphs of higher-order operators included; never raises.
 
     A site that can't be rewritten leaves its part of the graph as it was, and the reason in the report.
+    lazy: takes the logits among the module's results that the caller is to make; without it they are computed.
     """
+    not_lazy = MATERIALIZE if options.logits == "materialize" else NO_CALLER if lazy is None else None
+    return _rewrite_module(module, options, lazy, not_lazy)
+
+
+def _rewrite_module(module: GraphModule, options: Options, lazy: LazyResults | None, not_lazy: str | None) -> Report:
     report = Report()
     rewritings: list[Rewriting] = []
     try:
-        _rewrite_graph(module.graph, options, report, rewritings)
+        _rewrite_graph(module.graph, options, not_lazy, report, rewritings)
     except Exception as error:
         log.warning("the pass failed, the graph is compiled as it is", exc_info=True)
         for rewriting in reversed(rewritings):
@@ -28,20 +40,24 @@ def rewrite_module(module: GraphModule, options: Options) -> Report:
     else:
         for rewriting in rewritings:
             rewriting.finish()
+            if lazy is not None:
+                lazy.found += rewriting.lazy
         if rewritings:
             module.recompile()
     for _, child in module.named_children():
         if isinstance(child, GraphModule):
-            report.extend(rewrite_module(child, options))
+            report.extend(_rewrite_module(child, options, None, not_lazy or SUBGRAPH))
     return report
 
 
-def _rewrite_graph(graph: Graph, options: Options, report: Report, rewritings: list[Rewriting]) -> None:
+def _rewrite_graph(
+    graph: Graph, options: Options, not_lazy: str | None, report: Report, rewritings: list[Rewriting]
+) -> None:
     transformed = inside_transforms(graph)
     sites = find_sites(graph)
     orphans = orphan_losses(graph, sites, transformed, options)
     for site in filter(lambda site: is_worth_reporting(site, options), sites):
-        result = _try_rewrite(site, transformed, options)
+        result = _try_rewrite(site, transformed, options, not_lazy)
         if isinstance(result, Refusal):
             report.refused.append(result)
         else:
@@ -52,12 +68,12 @@ def _rewrite_graph(graph: Graph, options: Options, report: Report, rewritings: l
         graph.lint()
 
 
-def _try_rewrite(site: Site, transformed: set[Node], options: Options) -> Rewriting | Refusal:
+def _try_rewrite(site: Site, transformed: set[Node], options: Options, not_lazy: str | None) -> Rewriting | Refusal:
     no = why_not(site, transformed, options)
     if no is not None:
         return no
     try:
-        return Rewriting(site, options)
+        return Rewriting(site, options, not_lazy)
     except Refused as refused:
         reason = str(refused)
     except Exception as error:

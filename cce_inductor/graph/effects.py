@@ -83,6 +83,10 @@ def _from(node: Node) -> Iterator[Node]:
         node = node.next
 
 
+def same_storage(a: Node, b: Node) -> bool:
+    return _storage(a) == _storage(b)
+
+
 def _storage(node: Node) -> int:
     """Fake tensors share their storage where the real ones will."""
     return tensor_of(node).untyped_storage()._cdata

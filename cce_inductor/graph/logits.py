@@ -90,6 +90,10 @@ class DeferredLogits:
     normalized: bool = False
     assumed: tuple[torch.SymFloat, ...] = ()  # the map holds their values in this run
 
+    def operands(self) -> list[Node]:
+        """Every node that computing them reads."""
+        return [node for replay in (self.hidden, self.weight, *self.biases) for node in replay.operands()]
+
     @property
     def ndim(self) -> int:
         return len(self.shape)
