@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,20 @@ def cce_backend(
     return lazy.around(inductor(gm, example_inputs))
 
 
+# What `_lazily` waits for while Inductor, and in it the pass, compiles a graph.
+_waiting: ContextVar[LazyResults | None] = ContextVar("waiting", default=None)
+
+
+def _lazily(inductor: Callable, gm: GraphModule, example_inputs: list[Any]) -> Callable:
+    """Inductor on a graph, with the logits that the pass takes out of its results made lazy."""
+    lazy = LazyResults(gm.graph)
+    token = _waiting.set(lazy)
+    try:
+        return lazy.around(inductor(gm, example_inputs))
+    finally:
+        _waiting.reset(token)
+
+
 class _PreGradPass(CustomGraphPass):
     """The same pass where Inductor runs its own passes on the graphs of Dynamo, after any pass that was set before."""
 
@@ -55,7 +70,7 @@ class _PreGradPass(CustomGraphPass):
             self.previous(graph)
         module = graph.owning_module
         assert module is not None, "Inductor hands over the graph of a module"
-        publish(rewrite_module(module, self.options), self.options.on_refusal)
+        publish(rewrite_module(module, self.options, _waiting.get()), self.options.on_refusal)
 
     def uuid(self) -> Any:
         """Tells caches of compiled graphs apart: by our sources, the options, and what ran before."""
@@ -77,7 +92,7 @@ class _Enabled(contextlib.AbstractContextManager):
         disable()
 
 
-_outer: list[Any] = []  # what was set before each enable() that is still on
+_outer: list[tuple[Any, Callable]] = []  # for each enable() that is still on: what was set before, and an undo
 
 
 def enable(**options: Any) -> contextlib.AbstractContextManager:
@@ -96,7 +111,7 @@ def enable(**options: Any) -> contextlib.AbstractContextManager:
         wrong = ", ".join([*inductors, *(["mode"] if ours.mode is not None else [])])
         raise ValueError(f"enable() takes the options of cce_inductor only; give {wrong} to torch.compile")
     config = torch._inductor.config
-    _outer.append(config.pre_grad_custom_pass)
+    _outer.append((config.pre_grad_custom_pass, compat.around_inductor(_lazily)))
     config.pre_grad_custom_pass = _PreGradPass(ours, config.pre_grad_custom_pass)
     return _Enabled()
 
@@ -104,7 +119,8 @@ def enable(**options: Any) -> contextlib.AbstractContextManager:
 def disable() -> None:
     """Undoes the last `enable()`; nothing happens where there is none."""
     if _outer:
-        torch._inductor.config.pre_grad_custom_pass = _outer.pop()
+        torch._inductor.config.pre_grad_custom_pass, undo = _outer.pop()
+        undo()
 
 
 def explain(function: Callable, options: dict[str, Any] | None = None) -> Callable[..., Report]:

@@ -1,5 +1,6 @@
 """Everything private to PyTorch that the package touches, in one place. Checked against torch 2.11 and 2.13."""
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 __all__ = [
     "CustomGraphPass",
     "FakeTensor",
+    "around_inductor",
     "artifact_logger",
     "cache_dir",
     "constant_size",
@@ -43,6 +45,22 @@ def inductor_backend(mode: str | None, options: dict[str, Any] | None) -> Callab
     It checks the names and types of Inductor's options and raises RuntimeError on a wrong one.
     """
     return torch._TorchCompileInductorWrapper(mode, options, None)
+
+
+def around_inductor(hook: Callable[[Callable, Any, Any], Callable]) -> Callable[[], None]:
+    """Has `torch.compile(backend="inductor")` call `hook(inductor, gm, inputs)` from here on; gives what undoes that."""
+    wrapper: Any = torch._TorchCompileInductorWrapper
+    original = wrapper.__call__
+
+    @functools.wraps(original)
+    def call(self: Any, gm: Any, inputs: Any, **how: Any) -> Callable:
+        return hook(functools.partial(original, self, **how), gm, inputs)
+
+    def undo() -> None:
+        wrapper.__call__ = original
+
+    wrapper.__call__ = call
+    return undo
 
 
 def inductor_option_names() -> frozenset[str]:

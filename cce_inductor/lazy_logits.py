@@ -179,6 +179,9 @@ class LazyLogits(Tensor):
     def __tensor_flatten__(self) -> tuple[list[str], Formula]:
         return ["computed"], self.formula
 
+    def _stable_hash_for_caching(self) -> str:
+        return repr(self.formula)
+
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], formula: Formula, size: Any, stride: Any) -> "LazyLogits":
         self = LazyLogits({}, formula, inner["computed"], inner["computed"].device)
@@ -230,10 +233,11 @@ class _Lazy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        operands = ctx.saved_tensors
-        wanted = [operand for operand, needed in zip(operands, ctx.needs_input_grad, strict=False) if needed]
         with torch.enable_grad():
+            # as views: the rows may come from the weight, and this is about one use of it
+            operands = [None if operand is None else operand.view_as(operand) for operand in ctx.saved_tensors]
             logits = ctx.formula(*operands)
+        wanted = [operand for operand, needed in zip(operands, ctx.needs_input_grad, strict=False) if needed]
         grads = iter(torch.autograd.grad(logits, wanted, grad, create_graph=torch.is_grad_enabled()))
         return *(next(grads) if needed else None for needed in ctx.needs_input_grad[:3]), None
 
