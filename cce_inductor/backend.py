@@ -39,38 +39,49 @@ def cce_backend(
     """
     ours, inductors = Options.split(options)
     inductor = compat.inductor_backend(mode or ours.mode, inductors)
+    return _compiled(inductor, gm, example_inputs, ours)
+
+
+def _compiled(inductor: Callable, gm: GraphModule, example_inputs: list[Any], options: Options) -> Callable:
+    """A graph, rewritten and compiled, that gives lazy logits where the pass took logits out of its results."""
     lazy = LazyResults(gm.graph)
-    publish(rewrite_module(gm, ours, lazy), ours.on_refusal)
+    publish(rewrite_module(gm, options, lazy), options.on_refusal)
     return lazy.around(inductor(gm, example_inputs))
 
 
-# What `_lazily` waits for while Inductor, and in it the pass, compiles a graph.
-_waiting: ContextVar[LazyResults | None] = ContextVar("waiting", default=None)
-
-
-def _lazily(inductor: Callable, gm: GraphModule, example_inputs: list[Any]) -> Callable:
-    """Inductor on a graph, with the logits that the pass takes out of its results made lazy."""
-    lazy = LazyResults(gm.graph)
-    token = _waiting.set(lazy)
-    try:
-        return lazy.around(inductor(gm, example_inputs))
-    finally:
-        _waiting.reset(token)
-
-
 class _PreGradPass(CustomGraphPass):
-    """The same pass where Inductor runs its own passes on the graphs of Dynamo, after any pass that was set before."""
+    """The same pass where Inductor runs its own passes on the graphs of Dynamo, after any pass that was set before.
+
+    Inductor skips it where it finds compiled code in a cache, and whoever calls Inductor does not hear of it. So lazy
+    logits can't begin here, and where there is no other pass to wait for, graphs are rewritten before Inductor.
+    """
 
     def __init__(self, options: Options, previous: Any) -> None:
         self.options = options
         self.previous = previous
 
+    def before(self, inductor: Callable, gm: GraphModule, example_inputs: list[Any]) -> Callable:
+        """Called by `torch.compile` in place of Inductor."""
+        if self.previous is not None:
+            return inductor(gm, example_inputs)
+
+        def inductor_alone(*graph_and_inputs: Any) -> Callable:
+            token = _done.set(self)
+            try:
+                return inductor(*graph_and_inputs)
+            finally:
+                _done.reset(token)
+
+        return _compiled(inductor_alone, gm, example_inputs, self.options)
+
     def __call__(self, graph: Graph) -> None:
+        if _done.get() is self:
+            return
         if self.previous is not None:
             self.previous(graph)
         module = graph.owning_module
         assert module is not None, "Inductor hands over the graph of a module"
-        publish(rewrite_module(module, self.options, _waiting.get()), self.options.on_refusal)
+        publish(rewrite_module(module, self.options), self.options.on_refusal)
 
     def uuid(self) -> Any:
         """Tells caches of compiled graphs apart: by our sources, the options, and what ran before."""
@@ -78,6 +89,9 @@ class _PreGradPass(CustomGraphPass):
             return _source_hash(), repr(self.options)
         before = self.previous.uuid() if isinstance(self.previous, CustomGraphPass) else None
         return None if before is None else (_source_hash(), repr(self.options), before)
+
+
+_done: ContextVar[_PreGradPass | None] = ContextVar("done", default=None)  # the pass, in what it rewrote before
 
 
 @functools.cache
@@ -111,8 +125,9 @@ def enable(**options: Any) -> contextlib.AbstractContextManager:
         wrong = ", ".join([*inductors, *(["mode"] if ours.mode is not None else [])])
         raise ValueError(f"enable() takes the options of cce_inductor only; give {wrong} to torch.compile")
     config = torch._inductor.config
-    _outer.append((config.pre_grad_custom_pass, compat.around_inductor(_lazily)))
-    config.pre_grad_custom_pass = _PreGradPass(ours, config.pre_grad_custom_pass)
+    ours_there = _PreGradPass(ours, config.pre_grad_custom_pass)
+    _outer.append((config.pre_grad_custom_pass, compat.around_inductor(ours_there.before)))
+    config.pre_grad_custom_pass = ours_there
     return _Enabled()
 
 

@@ -13,7 +13,7 @@ from .sites import Site, find_sites, is_worth_reporting, orphan_losses, refusal,
 
 MATERIALIZE = 'the option logits is "materialize"'
 SUBGRAPH = "they leave a subgraph of the program (a checkpoint, for instance)"
-NO_CALLER = "whoever compiles this graph calls Inductor directly, and would not make lazy logits of its results"
+NO_CALLER = "the pass runs inside Inductor here, which does not hand lazy logits on"
 
 
 def rewrite_module(module: GraphModule, options: Options, lazy: LazyResults | None = None) -> Report:
