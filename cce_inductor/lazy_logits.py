@@ -119,6 +119,7 @@ class LazyLogits(Tensor):
         """Whether the numbers are there, here or where this is a piece of."""
         return self._value is not None or (self._whole is not None and self._whole.is_computed)
 
+    @torch.compiler.disable
     def value(self, shared: bool = False) -> Tensor:
         """The logits as a plain tensor without autograd.
 
@@ -132,11 +133,13 @@ class LazyLogits(Tensor):
                 self._value = self.formula(*operands)
         return self._value
 
+    @torch.compiler.disable
     def plain(self) -> Tensor:
         """The logits as a plain tensor with the same place in autograd."""
         return _Plain.apply(self)
 
     @classmethod
+    @torch.compiler.disable
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func in SAME:  # of this type even where computed: tracers detach what they trace
@@ -189,25 +192,26 @@ class LazyLogits(Tensor):
         return self
 
 
-def _reads(name: str) -> Callable:
-    """A method of Tensor that looks at memory without the dispatcher: it is given the plain tensor."""
+def _reads(name: str, tracing: Callable | None = None) -> None:
+    """Defines a method of Tensor that looks at memory without the dispatcher: it is given the plain tensor.
 
-    wrappers: Callable = getattr(Tensor, name)
+    tracing: what the method is while a program that was given lazy logits is compiled.
+    """
 
-    @functools.wraps(wrappers)
+    @functools.wraps(getattr(Tensor, name))
     def method(self: LazyLogits, *args: Any, **kwargs: Any) -> Any:
-        if is_tracing():  # compilers tell tensors apart by their storage, this one's and the computed one's
-            return wrappers(self, *args, **kwargs)
+        if tracing is not None and is_tracing():
+            return tracing(self, *args, **kwargs)
         return getattr(self.plain(), name)(*args, **kwargs)
 
-    return method
+    setattr(LazyLogits, name, method)
 
 
-for _name in (
-    "__repr__", "__format__", "__reduce_ex__", "__deepcopy__", "__dlpack__", "numpy", "tolist", "data_ptr", "storage",
-    "untyped_storage", "_typed_storage",
-):  # fmt: skip
-    setattr(LazyLogits, _name, _reads(_name))
+for _name in ("__format__", "__reduce_ex__", "__deepcopy__", "__dlpack__", "numpy", "tolist"):
+    _reads(_name)
+for _name in ("data_ptr", "storage", "untyped_storage", "_typed_storage"):
+    _reads(_name, tracing=getattr(Tensor, _name))  # compilers tell tensors apart by it, these and the computed ones
+_reads("__repr__", tracing=lambda self: f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype})")
 LazyLogits.__cuda_array_interface__ = property(lambda self: self.plain().__cuda_array_interface__)  # type: ignore
 
 
