@@ -15,6 +15,7 @@ DEFAULTS = {
     "workspace_mib": 256,
     "on_refusal": "log",
     "approximate_mass": 0.0,
+    "logits": "lazy",
 }
 
 
