@@ -78,7 +78,7 @@ class LazyLogits(Tensor):
 
     formula: Formula
     _operands: dict[str, Tensor]  # rows, weight and maybe bias
-    _versions: dict[str, int | None]
+    _watched: dict[str, tuple[Tensor, int | None]]  # the tensors that the operands are views of, with their versions
     _whole: "LazyLogits | None"  # what it is a piece of
     _take: Callable[[Tensor], Tensor]  # the piece of a computed whole
     _value: Tensor | None
@@ -98,7 +98,7 @@ class LazyLogits(Tensor):
         )
         self.formula = formula
         self._operands = operands
-        self._versions = {name: _version(tensor) for name, tensor in operands.items()}
+        self._watched = {name: (tensor, _version(tensor)) for name, tensor in operands.items()}
         self._whole = None
         self._value = None
         return self
@@ -109,10 +109,10 @@ class LazyLogits(Tensor):
 
     def _operand(self, name: str) -> Tensor:
         """Raises RuntimeError where it has changed since the logits were returned."""
-        tensor = self._operands[name]
-        if _version(tensor) != self._versions[name]:
+        tensor, version = self._watched[name]
+        if _version(tensor) != version:
             raise RuntimeError(CHANGED.format(name="hidden states" if name == "rows" else name))
-        return tensor
+        return self._operands[name]
 
     @property
     def is_computed(self) -> bool:
@@ -125,13 +125,12 @@ class LazyLogits(Tensor):
 
         shared: in the memory that all pieces of the same logits share, to be viewed or written.
         """
-        if self._whole is not None and (shared or self._whole.is_computed):
-            return self._take(self._whole.value(shared))
-        if self._value is None:
-            operands = [self._operand(name) for name in self._operands]
-            with torch.no_grad(), unset_fake_temporarily():
-                self._value = self.formula(*operands)
-        return self._value
+        with torch.no_grad(), unset_fake_temporarily():  # a compiler may ask
+            if self._whole is not None and (shared or self._whole.is_computed):
+                return self._take(self._whole.value(shared))
+            if self._value is None:
+                self._value = self.formula(*map(self._operand, self._operands))
+            return self._value
 
     @torch.compiler.disable
     def plain(self) -> Tensor:
@@ -169,10 +168,9 @@ class LazyLogits(Tensor):
         return self._with_rows(rows, formula, torch.empty(shape, device="meta"))
 
     def _with_rows(self, rows: Tensor | None, formula: Formula, geometry: Tensor) -> "LazyLogits":
-        other = LazyLogits(dict(self._operands), formula, geometry, self.device)
-        other._versions = dict(self._versions)
-        if rows is not None:
-            other._operands["rows"], other._versions["rows"] = rows, _version(rows)
+        operands = self._operands if rows is None else self._operands | {"rows": rows}
+        other = LazyLogits(operands, formula, geometry, self.device)
+        other._watched = self._watched
         return other
 
     # A compiled function that is given lazy logits has them computed before it starts.

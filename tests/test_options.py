@@ -60,6 +60,12 @@ def test_on_refusal_is_one_of_three(value):
         Options(on_refusal=value)
 
 
+@pytest.mark.parametrize("value", ["LAZY", "computed", None, True])
+def test_logits_is_one_of_three(value):
+    with pytest.raises(ValueError, match=r"option logits must be one of \('lazy', 'materialize', 'refuse'\), got"):
+        Options(logits=value)
+
+
 def test_mode_is_a_string():
     with pytest.raises(TypeError, match="option mode must be a string or None, got 3"):
         Options(mode=3)

@@ -96,6 +96,9 @@ def _emit(sweep: Sweep, site: Site, emitter: Emitter, options: Options) -> list[
     anchor = sweep.reductions[0].node
     logits = sweep.reductions[0].logits
     _require_unwritten(logits.operands(), site.logits.matmul, anchor)
+    if sweep.grad_enabled:  # our backward reads the biases, which the program's does not
+        biases = [node for bias in logits.biases for node in bias.operands()]
+        _require_unwritten(biases, anchor, anchor.graph.output_node())
     with emitter.at(anchor, sweep.grad_enabled):
         target = sweep.target
         flat_target = None if target is None else _flat_target(target, emitter)
@@ -146,7 +149,7 @@ def _require_unwritten(tensors: list[Node], after: Node, before: Node) -> None:
     write = first_write(nodes[nodes.index(after) + 1 : nodes.index(before)], tensors)
     if write is not None:
         raise Refused(
-            f"`{operation(write)}` at {location(write)} changes an operand in place before the loss is computed"
+            f"`{operation(write)}` at {location(write)} changes an operand in place that the loss is computed from"
         )
 
 
