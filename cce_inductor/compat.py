@@ -28,6 +28,7 @@ __all__ = [
     "is_tracing",
     "size_hint",
     "statically_equal",
+    "throw_on_data_ptr",
     "unset_fake_temporarily",
 ]
 
@@ -48,7 +49,7 @@ def inductor_backend(mode: str | None, options: dict[str, Any] | None) -> Callab
 
 
 def around_inductor(hook: Callable[[Callable, Any, Any], Callable]) -> Callable[[], None]:
-    """Has `torch.compile(backend="inductor")` call `hook(inductor, gm, inputs)` from here on; gives what undoes that."""
+    """Has `torch.compile(backend="inductor")` call `hook(inductor, gm, inputs)` from now on; gives what undoes that."""
     wrapper: Any = torch._TorchCompileInductorWrapper
     original = wrapper.__call__
 
@@ -79,6 +80,11 @@ def artifact_logger(name: str, description: str) -> logging.Logger:
 def is_tracing() -> bool:
     """Whether a program is being compiled, by Dynamo or by what it hands graphs to."""
     return TracingContext.try_get() is not None
+
+
+def throw_on_data_ptr(tensor: torch.Tensor) -> None:
+    """Lets compiled code that is given a tensor without memory raise an error rather than crash."""
+    torch._C._set_throw_on_mutable_data_ptr(tensor)
 
 
 def statically_equal(a: Any, b: Any) -> bool:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from .compat import is_tracing, unset_fake_temporarily
+from .compat import is_tracing, throw_on_data_ptr, unset_fake_temporarily
 from .logit_map import LogitMap
 
 aten = torch.ops.aten
@@ -83,7 +83,7 @@ class LazyLogits(Tensor):
     _take: Callable[[Tensor], Tensor]  # the piece of a computed whole
     _value: Tensor | None
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, operands: dict[str, Tensor], formula: Formula, geometry: Tensor, device: Any) -> "LazyLogits":
@@ -96,6 +96,7 @@ class LazyLogits(Tensor):
             dtype=formula.dtype,
             device=device,
         )
+        throw_on_data_ptr(self)
         self.formula = formula
         self._operands = operands
         self._watched = {name: (tensor, _version(tensor)) for name, tensor in operands.items()}
@@ -141,8 +142,10 @@ class LazyLogits(Tensor):
     @torch.compiler.disable
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func in SAME:  # of this type even where computed: tracers detach what they trace
-            return args[0].piece(None, func)
+        if func in SAME or (
+            is_tracing() and isinstance(args[0], LazyLogits) and _views(func)
+        ):  # tracers want views to have the type of what they view
+            return args[0].piece(None, lambda t: func(t, *args[1:], **kwargs))
         if func in LAZY and isinstance(args[0], LazyLogits) and args[0]._root._value is None:
             piece = LAZY[func](args[0], func, *args[1:], **kwargs)
             if piece is not None:
@@ -239,7 +242,7 @@ class _Lazy(torch.autograd.Function):
             # as views: the rows may come from the weight, and this is about one use of it
             operands = [None if operand is None else operand.view_as(operand) for operand in ctx.saved_tensors]
             logits = ctx.formula(*operands)
-        wanted = [operand for operand, needed in zip(operands, ctx.needs_input_grad, strict=False) if needed]
+        wanted: list[Any] = [t for t, needed in zip(operands, ctx.needs_input_grad, strict=False) if needed]
         grads = iter(torch.autograd.grad(logits, wanted, grad, create_graph=torch.is_grad_enabled()))
         return *(next(grads) if needed else None for needed in ctx.needs_input_grad[:3]), None
 
@@ -254,6 +257,12 @@ class _Plain(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad
+
+
+def _views(func: Any) -> bool:
+    """Whether an operator gives one view of its first argument."""
+    first, returns = func._schema.arguments[0].alias_info, func._schema.returns
+    return first is not None and not first.is_write and len(returns) == 1 and str(returns[0].type) == "Tensor"
 
 
 def _version(tensor: Tensor) -> int | None:

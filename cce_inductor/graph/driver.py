@@ -10,7 +10,6 @@ from .returned import LazyResults
 from .rewrite import Rewriting
 from .sites import Site, find_sites, is_worth_reporting, orphan_losses, refusal, why_not
 
-
 MATERIALIZE = 'the option logits is "materialize"'
 SUBGRAPH = "they leave a subgraph of the program (a checkpoint, for instance)"
 NO_CALLER = "the pass runs inside Inductor here, which does not hand lazy logits on"

@@ -4,10 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
-    EVERYTHING,
-    B,
     D,
-    S,
     V,
     assert_like_eager,
     assert_untouched,
@@ -228,7 +225,7 @@ def test_a_changed_weight_is_an_error():
     loss, logits = compiled(h, w, b, t)
     loss.backward()
     torch.optim.SGD([w], 0.1).step()
-    with pytest.raises(RuntimeError, match='weight has changed in place.*logits="materialize"'):
+    with pytest.raises(RuntimeError, match=r'weight has changed in place.*logits="materialize"'):
         logits.argmax(-1)
 
 
