@@ -24,8 +24,8 @@ from .logit_map import LogitMap
 aten = torch.ops.aten
 
 CHANGED = (
-    "these logits were returned lazily and are read for the first time now, but their {name} has changed in place "
-    "since (an optimizer step?); read them before that, or keep them in memory with the option "
+    "these logits were returned lazily and are read for the first time now, but their {name} has changed in place or "
+    "was freed since (an optimizer step, a sharded weight); read them before that, or keep them with the option "
     'logits="materialize" of cce_inductor'
 )
 
@@ -78,7 +78,7 @@ class LazyLogits(Tensor):
 
     formula: Formula
     _operands: dict[str, Tensor]  # rows, weight and maybe bias
-    _watched: dict[str, tuple[Tensor, int | None]]  # the tensors that the operands are views of, with their versions
+    _watched: dict[str, tuple[Tensor, tuple]]  # the tensors that the operands are views of, in the state they were in
     _whole: "LazyLogits | None"  # what it is a piece of
     _take: Callable[[Tensor], Tensor]  # the piece of a computed whole
     _value: Tensor | None
@@ -99,7 +99,7 @@ class LazyLogits(Tensor):
         throw_on_data_ptr(self)
         self.formula = formula
         self._operands = operands
-        self._watched = {name: (tensor, _version(tensor)) for name, tensor in operands.items()}
+        self._watched = {name: (tensor, _state(tensor)) for name, tensor in operands.items()}
         self._whole = None
         self._value = None
         return self
@@ -110,8 +110,8 @@ class LazyLogits(Tensor):
 
     def _operand(self, name: str) -> Tensor:
         """Raises RuntimeError where it has changed since the logits were returned."""
-        tensor, version = self._watched[name]
-        if _version(tensor) != version:
+        tensor, state = self._watched[name]
+        if _state(tensor) != state:
             raise RuntimeError(CHANGED.format(name="hidden states" if name == "rows" else name))
         return self._operands[name]
 
@@ -142,12 +142,12 @@ class LazyLogits(Tensor):
     @torch.compiler.disable
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func in SAME or (
-            is_tracing() and isinstance(args[0], LazyLogits) and _views(func)
-        ):  # tracers want views to have the type of what they view
-            return args[0].piece(None, lambda t: func(t, *args[1:], **kwargs))
-        if func in LAZY and isinstance(args[0], LazyLogits) and args[0]._root._value is None:
-            piece = LAZY[func](args[0], func, *args[1:], **kwargs)
+        first = args[0] if args and isinstance(args[0], LazyLogits) else None
+        if first is not None and (func in SAME or (is_tracing() and _views(func))):
+            # of this type even where computed: tracers want that of a view
+            return first.piece(None, lambda t: func(t, *args[1:], **kwargs))
+        if first is not None and func in LAZY and first._root._value is None:
+            piece = LAZY[func](first, func, *args[1:], **kwargs)
             if piece is not None:
                 return piece
         shared = any(argument.alias_info is not None for argument in func._schema.arguments)
@@ -265,8 +265,9 @@ def _views(func: Any) -> bool:
     return first is not None and not first.is_write and len(returns) == 1 and str(returns[0].type) == "Tensor"
 
 
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
+def _state(tensor: Tensor) -> tuple[int | None, int]:
+    """Differs after a write, and after the memory is given back (as FSDP does with a gathered weight)."""
+    return None if tensor.is_inference() else tensor._version, tensor.untyped_storage().nbytes()
 
 
 # ------------------------------------------------------------------------------------------- what stays lazy, by rows

@@ -246,8 +246,21 @@ def test_an_operand_that_changed_is_an_error(which, name):
     with torch.no_grad():
         mine[which].add_(1)
     for logits in (x, row, upcast, x.detach()):
-        with pytest.raises(RuntimeError, match=f'their {name} has changed in place since.*logits="materialize"'):
+        with pytest.raises(
+            RuntimeError, match=f'their {name} has changed in place or was freed since.*logits="materialize"'
+        ):
             logits.sum()
+
+
+def test_a_freed_weight_is_an_error():
+    """FSDP frees the weight that it gathered, without a new version of it."""
+    h, w, b = given()
+    whole = w.detach().clone()
+    x = lazy_logits(h, whole, b, PLAIN)
+    with torch.autograd._unsafe_preserve_version_counter(whole):
+        whole.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="their weight has changed in place or was freed since"):
+        x.sum()
 
 
 def test_what_is_computed_before_the_change_stays():
