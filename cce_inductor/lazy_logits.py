@@ -141,18 +141,18 @@ class LazyLogits(Tensor):
     @classmethod
     @torch.compiler.disable
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
+        how = kwargs or {}
         first = args[0] if args and isinstance(args[0], LazyLogits) else None
         if first is not None and (func in SAME or (is_tracing() and _views(func))):
             # of this type even where computed: tracers want that of a view
-            return first.piece(None, lambda t: func(t, *args[1:], **kwargs))
+            return first.piece(None, lambda t: func(t, *args[1:], **how))
         if first is not None and func in LAZY and first._root._value is None:
-            piece = LAZY[func](first, func, *args[1:], **kwargs)
+            piece = LAZY[func](first, func, *args[1:], **how)
             if piece is not None:
                 return piece
         shared = any(argument.alias_info is not None for argument in func._schema.arguments)
-        args, kwargs = tree_map_only(LazyLogits, lambda x: x.value(shared), (args, kwargs))
-        return func(*args, **kwargs)
+        args, how = tree_map_only(LazyLogits, lambda x: x.value(shared), (args, how))
+        return func(*args, **how)
 
     @property
     def _root(self) -> "LazyLogits":
