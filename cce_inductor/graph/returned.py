@@ -74,8 +74,10 @@ class LazyResults:
         return call
 
 
-def _results(graph: Graph) -> Any:
-    return graph.output_node().args[0]
+def _results(graph: Graph) -> tuple:
+    """Flat in Dynamo's graphs; any other structure is empty here, and its logits are computed."""
+    results = graph.output_node().args[0]
+    return tuple(results) if isinstance(results, tuple | list) else ()
 
 
 def return_operands(site: Site, node: Node, logits: DeferredLogits, emitter: Emitter) -> LazyResult:
@@ -103,6 +105,8 @@ def return_operands(site: Site, node: Node, logits: DeferredLogits, emitter: Emi
     if len(shape) != len(computed) or not all(map(statically_equal, shape, computed)):
         raise Refused(f"their operands give the shape {computed}")
     places = tuple(i for i, result in enumerate(_results(graph)) if result is node)
+    if not places:
+        raise Refused("they are not results on their own")
     results = [rows if result is node else result for result in _results(graph)]
     lazy = LazyResult(
         places,

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
+    EVERYTHING,
     D,
     V,
     assert_like_eager,
@@ -19,7 +20,8 @@ from helpers import (
 from torch.utils.checkpoint import checkpoint
 
 from cce_inductor import Options, cce_backend, enable
-from cce_inductor.graph import rewrite
+from cce_inductor.graph import driver, rewrite
+from cce_inductor.graph.returned import LazyResults
 from cce_inductor.lazy_logits import LazyLogits
 
 COMPUTED = Options(min_vocab=0, min_logits_bytes=0, logits="materialize")
@@ -227,6 +229,18 @@ def test_a_changed_weight_is_an_error():
     torch.optim.SGD([w], 0.1).step()
     with pytest.raises(RuntimeError, match=r'weight has changed in place.*logits="materialize"'):
         logits.argmax(-1)
+
+
+def test_a_graph_that_is_not_dynamos_may_return_a_structure():
+    modules = []
+    torch.compile(plain, backend=lambda module, inputs: modules.append(module) or module.forward)(*args())
+    [module] = modules
+    output = module.graph.output_node()
+    output.args = ({"loss": output.args[0][0], "logits": output.args[0][1]},)
+    lazy = LazyResults(module.graph)
+    report = driver.rewrite_module(module, EVERYTHING, lazy)
+    assert report.rewritten[0].returned == "computed, because they are not results on their own"
+    assert lazy.found == []
 
 
 # --------------------------------------------------------------------------------------------------- computed, refused
