@@ -20,7 +20,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     logit_map: str = "z",
-    approximate_mass: float = 0.0,
+    approximate_mass: float = Options.approximate_mass,
 ) -> Tensor:
     """`cross_entropy(f(linear(input, linear_weight, linear_bias)), target, ...)` without storing the logits.
 
@@ -62,6 +62,7 @@ def linear_cross_entropy(
         compute_dtype=compute_dtype,
         workspace_mib=Options.workspace_mib,
         approximate_mass=approximate_mass,
+        skip_ignored=True,
     )
     loss = losses.cross_entropy(
         lse,

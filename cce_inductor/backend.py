@@ -49,6 +49,17 @@ def _compiled(inductor: Callable, gm: GraphModule, example_inputs: list[Any], op
     return lazy.around(inductor(gm, example_inputs))
 
 
+def _is_ours(backend: Any) -> bool:
+    """Whether the programs that a backend compiles come to the pass."""
+    return isinstance(torch._inductor.config.pre_grad_custom_pass, _PreGradPass) or (
+        getattr(backend, "__module__", None) == __name__  # also that of explain()
+    )
+
+
+# Decided program by program while Dynamo traces it, so that other programs are not touched.
+compat.ignore_warning_once(_is_ours)
+
+
 class _PreGradPass(CustomGraphPass):
     """The same pass where Inductor runs its own passes on the graphs of Dynamo, after any pass that was set before.
 

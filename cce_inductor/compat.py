@@ -23,6 +23,7 @@ __all__ = [
     "fix",
     "float_hint",
     "get_hash_for_files",
+    "ignore_warning_once",
     "inductor_backend",
     "inductor_option_names",
     "is_tracing",
@@ -113,3 +114,47 @@ def size_hint(size: Any) -> int | None:
     if isinstance(size, torch.SymInt):
         return size.node.hint if size.node.has_hint() else None
     return int(size)
+
+
+class _IgnoredFunctions(set):
+    """Functions that Dynamo leaves out while it traces: those of the set, and transformers' `warning_once`.
+
+    That one only where `applies` says so of the backend that the traced program is compiled with.
+    """
+
+    def __init__(self, functions: set, applies: Callable[[Any], bool]) -> None:
+        super().__init__(functions)
+        self._applies = applies
+
+    def __contains__(self, function: Any) -> bool:
+        return super().__contains__(function) or (
+            getattr(function, "__module__", None) == "transformers.utils.logging"
+            and getattr(function, "__name__", None) == "warning_once"
+            and self._applies(_backend_being_traced_for())
+        )
+
+    def __reduce__(self) -> tuple:
+        """Copies, which torch makes to describe its configuration, are plain sets."""
+        return set, (list(self),)
+
+
+def _backend_being_traced_for() -> Any:
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        backend: Any = InstructionTranslator.current_tx().output.compiler_fn
+    except AttributeError:  # nothing is being traced
+        return None
+    while hasattr(backend, "_torchdynamo_orig_backend"):  # Dynamo's debugging wrapper
+        backend = backend._torchdynamo_orig_backend
+    return getattr(backend, "compiler_fn", backend)  # torch.compile's wrapper, which holds mode and options
+
+
+def ignore_warning_once(applies: Callable[[Any], bool]) -> None:
+    """Leaves transformers' `logger.warning_once` out of programs whose backend `applies` is true of.
+
+    Dynamo would break the graph at it, in ten architectures between the head and the loss. The messages, about
+    arguments of the model, appear again when the model runs uncompiled.
+    """
+    config = torch._dynamo.config
+    config.ignore_logging_functions = _IgnoredFunctions(config.ignore_logging_functions, applies)

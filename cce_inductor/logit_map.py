@@ -4,7 +4,7 @@ A model may scale, cap or shift its logits before the loss: Gemma 2 computes `30
 Granite `z / c`. The pass records such a chain as one expression in z, the operator receives it as text, and each
 implementation evaluates it together with its derivative: torch functions on the CPU, generated Triton on the GPU.
 
-The text is a small language of its own (numbers, z, + - * / **, and the functions below). `parse` accepts nothing
+The text is a small language of its own (numbers, inf, z, + - * / **, and the functions below). `parse` accepts nothing
 else and never evaluates Python.
 """
 
@@ -26,17 +26,58 @@ Z = sympy.Symbol("z", real=True)
 class sigmoid(sympy.Function):  # noqa: N801 (sympy prints a function by its class name)
     """1 / (1 + exp(-x)), kept whole so that it is evaluated without overflow."""
 
+    nargs = 1
+
     def fdiff(self, argindex: int = 1) -> sympy.Expr:
         value = sigmoid(self.args[0])
         return value * (1 - value)
 
 
+class gt(sympy.Function):  # noqa: N801
+    """Whether a > b: a condition, false where either is nan."""
+
+    nargs = 2
+
+    @classmethod
+    def eval(cls, a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:
+        return sympy.Integer(float(a) > float(b)) if a.is_number and b.is_number else None
+
+
+class ge(sympy.Function):  # noqa: N801
+    """Whether a >= b: a condition, false where either is nan."""
+
+    nargs = 2
+
+    @classmethod
+    def eval(cls, a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:
+        return sympy.Integer(float(a) >= float(b)) if a.is_number and b.is_number else None
+
+
+class where(sympy.Function):  # noqa: N801
+    """a where a condition holds, else b. Its derivative is that of the branch taken, as autograd has it."""
+
+    nargs = 3
+
+    @classmethod
+    def eval(cls, condition: sympy.Expr, a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:
+        if condition.is_number:
+            return a if condition else b
+        return a if a == b else None
+
+    def _eval_derivative(self, symbol: sympy.Symbol) -> sympy.Expr:
+        condition, a, b = self.args
+        return where(condition, a.diff(symbol), b.diff(symbol))
+
+
 # Every function a map may contain: its sympy form and its torch form. The Triton form has the same name and lives in
 # `kernels/pointwise.py`.
-FUNCTIONS: dict[str, tuple[Any, Callable[[torch.Tensor], torch.Tensor]]] = {
+FUNCTIONS: dict[str, tuple[Any, Callable[..., torch.Tensor]]] = {
     "tanh": (sympy.tanh, torch.tanh),
     "sigmoid": (sigmoid, torch.sigmoid),
     "exp": (sympy.exp, torch.exp),
+    "gt": (gt, operator.gt),
+    "ge": (ge, operator.ge),
+    "where": (where, torch.where),
 }
 
 
@@ -48,6 +89,12 @@ class _TextPrinter(StrPrinter):
 
     def _print_Rational(self, expr: sympy.Rational) -> str:  # noqa: N802
         return repr(float(expr))
+
+    def _print_Infinity(self, expr: sympy.Expr) -> str:  # noqa: N802
+        return "inf"
+
+    def _print_NegativeInfinity(self, expr: sympy.Expr) -> str:  # noqa: N802
+        return "-inf"
 
 
 def to_text(expr: sympy.Expr) -> str:
@@ -70,14 +117,19 @@ def _parse_node(node: ast.expr) -> sympy.Expr:
             return sympy.Integer(number) if isinstance(number, int) else sympy.Float(number)
         case ast.Name(id="z"):
             return Z
+        case ast.Name(id="inf"):
+            return sympy.oo
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             return -_parse_node(operand)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
             return _BINARY[type(op)](_parse_node(left), _parse_node(right))
-        case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in FUNCTIONS:
-            return FUNCTIONS[name][0](_parse_node(argument))
+        case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in FUNCTIONS:
+            function = FUNCTIONS[name][0]
+            if len(arguments) in function.nargs:
+                return function(*map(_parse_node, arguments))
     raise ValueError(
-        f"{ast.unparse(node)!r} is not part of a logit map: allowed are numbers, z, + - * / ** and {list(FUNCTIONS)}"
+        f"{ast.unparse(node)!r} is not part of a logit map: allowed are numbers, inf, z, + - * / ** and "
+        f"{list(FUNCTIONS)}"
     )
 
 
@@ -108,6 +160,16 @@ class LogitMap:
     def derivative(self) -> sympy.Expr:
         """df/dz."""
         return sympy.diff(self.expr, Z)
+
+    @functools.cached_property
+    def slope_bound(self) -> float | None:
+        """A number that |f'| stays below or at, everywhere; None where none is found."""
+        bounds = {"tanh": sympy.AccumBounds(-1, 1), "sigmoid": sympy.AccumBounds(0, 1)}
+        slope = self.derivative.replace(lambda e: type(e).__name__ in bounds, lambda e: bounds[type(e).__name__])
+        if slope.free_symbols:
+            return None
+        largest = max(abs(slope.max), abs(slope.min)) if isinstance(slope, sympy.AccumBounds) else abs(slope)
+        return float(largest) if largest.is_finite else None
 
     def affine(self) -> tuple[float, float] | None:
         """(a, c) where f(z) = a * z + c, or None where f is not of that form or a is zero."""
@@ -174,7 +236,27 @@ def _evaluate_expr(expr: sympy.Expr, values: dict[sympy.Symbol, Any]) -> Any:
         return functools.reduce(operator.mul, args)
     if expr.is_Pow:
         return args[0] ** args[1]
-    return FUNCTIONS[type(expr).__name__][1](args[0])
+    if type(expr) is where:  # of two numbers torch.where would make a tensor of the default dtype
+        args[1:] = [arg if isinstance(arg, torch.Tensor) else values[Z].new_full((), arg) for arg in args[1:]]
+    return FUNCTIONS[type(expr).__name__][1](*args)
+
+
+def clamped(expr: sympy.Expr, low: sympy.Expr | None, high: sympy.Expr | None) -> sympy.Expr:
+    """torch.clamp: the larger of expr and low, then the smaller of that and high; the bounds have a gradient."""
+    if low is not None:
+        expr = where(gt(low, expr), low, expr)
+    return expr if high is None else where(gt(expr, high), high, expr)
+
+
+LOWEST = sympy.Float(-3.4e38)  # any finite logit is larger
+
+
+def filled(expr: sympy.Expr, value: sympy.Expr) -> sympy.Expr | None:
+    """f with a number in the place of the logits that a bias of -inf marks; None where they hold another already."""
+    marked = gt(LOWEST, Z)
+    if isinstance(expr, where) and expr.args[0] == marked:
+        return expr if expr.args[1] == value else None
+    return None if expr.has(marked) else where(marked, value, expr)
 
 
 def constant(value: float) -> sympy.Expr:

@@ -22,8 +22,9 @@ class Options:
         loss. 0 rewrites every problem.
     workspace_mib: scratch memory of the backward in MiB. More makes it faster up to a point.
     approximate_mass: how much of each row's probability mass the backward may approximate, from 0 (exact gradients)
-        to below 1. On a GPU, in bfloat16 and float16, it then skips the tiles of the softmax that matter least and
-        puts their mass back as rows spread it on average. Faster the more peaked the softmax is.
+        to below 1. On a GPU, in bfloat16 and float16, it then skips the tiles of the softmax that matter least, none
+        of them heavier than 1/128 of this, and puts their mass back as rows spread it on average. Faster the more
+        peaked the softmax is. Elsewhere gradients are always exact.
     logits: what becomes of logits that a program returns beside the loss. "lazy": they are computed from the hidden
         states when something first reads them, which must be before the weight changes. "materialize": they are
         computed with the loss, which is rewritten all the same. "refuse": such a loss is left as it is.
@@ -37,7 +38,7 @@ class Options:
     workspace_mib: int = 256
     on_refusal: OnRefusal = "log"
     logits: Logits = "lazy"
-    approximate_mass: float = 0.0
+    approximate_mass: float = 2.0**-4
 
     def __post_init__(self) -> None:
         """Raises TypeError or ValueError, naming the option, for a value that can't be used."""

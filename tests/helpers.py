@@ -20,7 +20,7 @@ from cce_inductor import Options, Report
 from cce_inductor.compat import size_hint
 from cce_inductor.graph import driver
 from cce_inductor.graph.returned import LazyResults
-from cce_inductor.ops.library import vocab_reductions
+from cce_inductor.ops.library import scaled_loss, vocab_reductions
 
 EVERYTHING = Options(min_vocab=0, min_logits_bytes=0)
 # [B, S, D] hidden states and [V, D] weights; no two sizes are equal, and there are more rows than the width, so that
@@ -77,7 +77,12 @@ class Compiled(Run):
 
     @property
     def operator_calls(self) -> list[Node]:
-        return [node for module in self.modules for node in nodes_of(module) if node.target is vocab_reductions]
+        return [
+            node
+            for module in self.modules
+            for node in nodes_of(module)
+            if node.target in (vocab_reductions, scaled_loss)
+        ]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cce_inductor.logit_map import FUNCTIONS, LogitMap, Z, constant
+from cce_inductor.logit_map import FUNCTIONS, LogitMap, Z, clamped, constant, filled
 
 NUMBERS = st.floats(0.1, 8.0).map(lambda x: round(x, 3))
 
@@ -28,6 +28,9 @@ def steps(draw):
                 lambda x: FUNCTIONS["sigmoid"][0](x),
                 lambda x: sympy.exp(-((x / c) ** 2)),
                 lambda x: 1 / (c + x**2),
+                lambda x: clamped(x, -c, c),
+                lambda x: clamped(x, None, c),
+                lambda x: FUNCTIONS["where"][0](FUNCTIONS["gt"][0](x, c), c + (x - c) / 10, x),
             )
         )
     )
@@ -88,6 +91,9 @@ def test_numbers_survive_the_text_bit_for_bit(number):
         "z =",
         "True",
         "z**z if 1 else 2",
+        "gt(z)",
+        "where(z, z)",
+        "z > 1",
     ],
 )
 def test_anything_else_is_refused(text):
@@ -135,3 +141,33 @@ def test_a_constant_map_has_a_zero_derivative_of_the_right_shape():
     value, slope = LogitMap.parse("3.0").value_and_derivative(torch.randn(4))
     assert torch.equal(value, torch.full((4,), 3.0))
     assert torch.equal(slope, torch.zeros(4))
+
+
+@pytest.mark.parametrize(("text", "at_bound"), [("where(ge(z, 1.0), 1.0, z)", 0.0), ("where(gt(z, 1.0), 1.0, z)", 1.0)])
+def test_the_derivative_at_a_bound_is_that_of_the_branch_taken(text, at_bound):
+    z = torch.tensor([0.5, 1.0, 2.0])
+    value, slope = LogitMap.parse(text).value_and_derivative(z)
+    assert value.tolist() == [0.5, 1.0, 1.0]
+    assert slope.tolist() == [1.0, at_bound, 0.0]
+
+
+def test_clamp_at_its_bounds_and_of_nan_is_torchs():
+    z = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0, torch.nan], requires_grad=True)
+    expected = z.clamp(-1, 1)
+    expected.sum().backward()
+    value, slope = LogitMap(clamped(Z, sympy.Integer(-1), sympy.Integer(1))).value_and_derivative(z.detach())
+    torch.testing.assert_close(value, expected.detach(), equal_nan=True)
+    assert torch.equal(slope[:-1], z.grad[:-1])
+
+
+@pytest.mark.parametrize("number", [-sympy.oo, sympy.Float(-5.0)])
+def test_a_filled_map_has_the_number_where_a_bias_marks_it(number):
+    logit_map = LogitMap(filled(sympy.tanh(Z), number))
+    assert str(LogitMap.parse(str(logit_map))) == str(logit_map)
+    value, slope = logit_map.value_and_derivative(torch.tensor([-torch.inf, 0.0, torch.nan]))
+    assert value[:2].tolist() == [float(number), 0.0]
+    assert slope[:2].tolist() == [0.0, 1.0]
+    assert value[2].isnan()
+    assert filled(logit_map.expr, number) == logit_map.expr
+    assert filled(logit_map.expr, sympy.Float(2.0)) is None
+    assert filled(2 * logit_map.expr, number) is None

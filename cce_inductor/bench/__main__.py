@@ -1,122 +1,143 @@
-"""`python -m cce_inductor.bench`: measures, prints a table, and writes JSON for other programs."""
+"""`python -m cce_inductor.bench`: measures, prints figures as they come, and writes JSON and pictures."""
 
 import argparse
-import json
-import platform
-import statistics
-from datetime import date
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 
-from . import measure
-from .methods import DTYPES, METHODS, SHAPES, make_inputs
+from . import describe, heads, scaling, show, train
+from .data import DATA
+from .heads import Budget, Case, Row
+from .methods import METHODS
+from .models import MODELS
+from .shapes import DTYPES, SHAPES, Shape, parse_shapes
 
-ROUNDS = 3  # the methods take turns, so that a GPU that gets warm slows all of them down alike
-COLUMNS = ("method", "forward", "of compile", "fwd + bwd", "of compile", "peak MiB", "dE error", "dC error")
+SCALING_METHODS = "compile,cce,cce-approx"
 
 
 def parse_arguments() -> argparse.Namespace:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(
         prog="python -m cce_inductor.bench",
-        description="Compares ways to compute the mean cross-entropy of a linear head: median times in ms (the forward "
-        "alone under no_grad), peak memory above the inputs, and ||g - r|| / ||r|| of the gradients of hidden states "
-        "(dE) and weight (dC), with r from float64.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Compares ways to compute the mean cross-entropy of a linear head and its gradients. Times are "
+        "medians; the forward is timed under no_grad.",
+        epilog=_legend("methods", {name: method.about for name, method in METHODS.items()}) + _legend("shapes", SHAPES),
     )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--scaling", action="store_true", help="sweep N and V of the first shape instead")
+    what.add_argument("--train", action="store_true", help="measure whole training steps instead")
+    what.add_argument("--describe", action="store_true", help="print statistics of the data instead")
     parser.add_argument(
-        "--shapes", type=partial(_names, SHAPES), default="gemma2-2b,gpt2" if device == "cuda" else "tiny"
+        "--shapes", nargs="+", default=["gemma2-2b"] if device == "cuda" else ["tiny"], help="N,V,D, or names as below"
     )
-    parser.add_argument("--methods", type=partial(_names, METHODS), default=",".join(METHODS))
+    parser.add_argument("--data", type=_names(DATA), default=["trained"], help=f"of {', '.join(DATA)}")
+    parser.add_argument("--head", type=Path, help="safetensors with hidden, classifier and targets, instead of shapes")
+    parser.add_argument("--masked", type=_shares, default=[0.0], help="shares of rows with ignore_index, e.g. 0,0.6")
+    parser.add_argument("--methods", type=_names(METHODS), help="default: all; --scaling and --train: a few")
+    parser.add_argument("--models", type=_names(MODELS), default=["gpt2-small", "llama-0.5b"], help="for --train")
+    parser.add_argument("--batch", type=int, default=8, help="sequences a step, for --train")
+    parser.add_argument("--most", type=int, default=512, help="the largest batch to try, for --train")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16" if device == "cuda" else "fp32")
+    parser.add_argument("--tf32", action="store_true", help="let float32 products use TF32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
-    parser.add_argument("--seconds", type=float, default=0.5, help="measuring time of each method, size and round")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
-    return parser.parse_args()
+    parser.add_argument("--seconds", type=float, default=0.3, help="measuring time of each time")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds for all; what is left is skipped")
+    parser.add_argument("--json", type=Path, help="write the figures there, after each row")
+    parser.add_argument("--png", type=Path, help="draw time against memory there")
+    arguments = parser.parse_args()
+    try:
+        arguments.shapes = [shape for text in arguments.shapes for shape in parse_shapes(text)]
+    except ValueError as error:
+        parser.error(str(error))
+    return arguments
 
 
-def _names(known: dict[str, Any], text: str) -> list[str]:
-    names = text.split(",")
-    for name in names:
-        if name not in known:
-            raise argparse.ArgumentTypeError(f"unknown: {name}; there are {', '.join(known)}")
-    return names
+def _legend(title: str, entries: Mapping[str, Any]) -> str:
+    return f"{title}:\n" + "".join(f"  {name:<24} {about}\n" for name, about in entries.items())
 
 
-def header(arguments: argparse.Namespace) -> dict[str, str]:
-    """What the figures depend on beside this package."""
-    gpu = arguments.device == "cuda"
-    return {
-        "device": torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads",
-        "dtype": arguments.dtype,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": date.today().isoformat(),
-    }
+def _names(known: Iterable[str]) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"unknown: {name}; there are {', '.join(known)}")
+        return names
+
+    return parse
 
 
-def bench(shape: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row of figures a method; times of all methods first, then memory and errors."""
-    inputs = make_inputs(SHAPES[shape], DTYPES[arguments.dtype], arguments.device)
-    losses = {name: METHODS[name]() for name in arguments.methods}
-    forward: dict[str, list[float]] = {name: [] for name in losses}
-    both: dict[str, list[float]] = {name: [] for name in losses}
-    for name in track(list(losses) * ROUNDS, description=shape, transient=True):
-        forward[name] += measure.milliseconds(measure.forward, losses[name], inputs, arguments.seconds)
-        both[name] += measure.milliseconds(measure.forward_and_backward, losses[name], inputs, arguments.seconds)
-    peaks = {name: measure.peak_mib(loss, inputs) for name, loss in losses.items()}
-    exact = measure.exact_gradients(*inputs)
-    rows = []
-    for name, loss in losses.items():
-        gradients = measure.forward_and_backward(loss, *inputs)
-        errors = [measure.error(g, r) for g, r in zip(gradients, exact, strict=True)]
-        rows.append(
-            {
-                "shape": shape,
-                "method": name,
-                "forward_ms": statistics.median(forward[name]),
-                "both_ms": statistics.median(both[name]),
-                "peak_mib": peaks[name],
-                "hidden_error": errors[0],
-                "weight_error": errors[1],
-            }
-        )
-    return rows
-
-
-def table(shape: str, rows: list[dict[str, Any]]) -> Table:
-    baseline = next((row for row in rows if row["method"] == "compile"), None)
-    result = Table(*COLUMNS, title=f"{shape}: {SHAPES[shape]}", title_justify="left")
-    for column in result.columns[1:]:
-        column.justify = "right"
-    for row in rows:
-        times = [
-            text
-            for name in ("forward_ms", "both_ms")
-            for text in (f"{row[name]:.2f}", f"{row[name] / baseline[name]:.2f}x" if baseline else "")
-        ]
-        peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
-        result.add_row(row["method"], *times, peak, f"{row['hidden_error']:.1e}", f"{row['weight_error']:.1e}")
-    return result
+def _shares(text: str) -> list[float]:
+    return [float(share) for share in text.split(",")]
 
 
 def main() -> None:
     arguments = parse_arguments()
-    console = Console(width=100)
-    about = header(arguments)
+    console = Console(width=160, soft_wrap=True)
+    if arguments.tf32:
+        torch.set_float32_matmul_precision("high")
+    about = show.conditions(arguments.device, arguments.dtype + (", TF32" if arguments.tf32 else ""))
     console.print(", ".join(f"{name} {value}" for name, value in about.items()))
-    rows = []
-    for shape in arguments.shapes:
-        torch.compiler.reset()
-        rows += bench(shape, arguments)
-        console.print(table(shape, rows[-len(arguments.methods) :]))
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump({"about": about, "results": rows}, file, indent=2)
+    if arguments.describe:
+        describe_all(arguments, about, console)
+        return
+    measured, line = _rows_and_line(arguments)
+    rows: list[Row] = []
+    for row in measured:
+        rows.append(row)
+        if not (arguments.scaling or arguments.train) and (
+            len(rows) == 1 or show.problem(rows[-2]) != show.problem(row)
+        ):
+            console.print(show.problem(row))
+        console.print(line(row), highlight=False)
+        if arguments.json:
+            show.write_json(arguments.json, about, rows)
+    if not (arguments.scaling or arguments.train):
+        for title, group in show.by_problem(rows).items():
+            console.print(show.table(title, group))
+    if arguments.png and not arguments.train:
+        (scaling if arguments.scaling else show).draw(rows, about, arguments.png)
+
+
+def _rows_and_line(arguments: argparse.Namespace) -> tuple[Iterable[Row], Callable[[Row], str]]:
+    budget = Budget(arguments.budget)
+    dtype, device, seconds = DTYPES[arguments.dtype], arguments.device, arguments.seconds
+    if arguments.train:
+        names = [name for name in arguments.methods or train.METHODS if name in train.METHODS]
+        return train.run(arguments.models, names, device, arguments.batch, arguments.most, seconds, budget), train.line
+    if arguments.scaling:
+        names = arguments.methods or SCALING_METHODS.split(",")
+        return scaling.run(arguments.shapes[0], arguments.data[0], names, dtype, device, seconds, budget), scaling.line
+    names = arguments.methods or list(METHODS)
+    return heads.run(cases(arguments), names, dtype, device, seconds, budget), show.line
+
+
+def cases(arguments: argparse.Namespace) -> list[Case]:
+    if arguments.head:
+        nothing = Shape(0, 0, 0)
+        return [Case(nothing, arguments.head.name, masked, arguments.head) for masked in arguments.masked]
+    return [
+        Case(shape, data, masked)
+        for shape in arguments.shapes
+        for data in arguments.data
+        for masked in arguments.masked
+    ]
+
+
+def describe_all(arguments: argparse.Namespace, conditions: dict[str, str], console: Console) -> None:
+    figures: list[dict[str, Any]] = []
+    for case in cases(arguments):
+        with torch.no_grad():
+            inputs = case.inputs(DTYPES[arguments.dtype], arguments.device)
+        about = case.about(inputs)
+        figures.append(about | describe.statistics(*(tensor.detach() for tensor in inputs)))
+        console.print(describe.table(show.problem(about), figures[-1]))
+        if arguments.json:
+            show.write_json(arguments.json, conditions, figures)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,9 @@ def written(node: Node) -> list[Node]:
         return node.all_input_nodes if _is_mutable(target) else []
     if isinstance(target, torch._ops.HigherOrderOperator):
         return node.all_input_nodes if "mutation" in target.name() else []
-    in_place = _ends_in_place(getattr(target, "__name__", "")) or _inplace_argument(node)
+    name = getattr(target, "__name__", "")
+    is_keyword = getattr(operator, name, None) is target  # operator.and_ and operator.or_ write nothing
+    in_place = (_ends_in_place(name) and not is_keyword) or _inplace_argument(node)
     return _first(node) if in_place else []
 
 
@@ -83,8 +85,11 @@ def _from(node: Node) -> Iterator[Node]:
         node = node.next
 
 
-def same_storage(a: Node, b: Node) -> bool:
-    return _storage(a) == _storage(b)
+def shares_memory(node: Node, tensor: Node) -> bool:
+    """Whether a node's value, or a tensor of the tuple that it is, shares memory with a tensor."""
+    value = node.meta.get("example_value")
+    parts = value if isinstance(value, tuple | list) else (value,)
+    return any(isinstance(p, torch.Tensor) and p.untyped_storage()._cdata == _storage(tensor) for p in parts)
 
 
 def _storage(node: Node) -> int:

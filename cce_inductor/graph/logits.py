@@ -4,6 +4,7 @@ The pass carries it through the graph in place of a tensor. What the program doe
 recorded and can be replayed on the hidden states, whose rows are the same and whose last dimension is narrow.
 """
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from ..compat import statically_equal
-from ..logit_map import LogitMap
+from ..logit_map import LogitMap, Z, filled
 
 
 class Refused(Exception):  # noqa: N818 (it is an answer, not an error)
@@ -24,7 +25,7 @@ class Refused(Exception):  # noqa: N818 (it is an answer, not an error)
 
 @dataclass(frozen=True)
 class Step:
-    """One call to replay: function(value, *args).
+    """One call to replay: function(value, *args), the args with nodes and replays among them.
 
     A reshape keeps the order of the elements; its args are None where the sizes can't be written as arguments.
     """
@@ -35,10 +36,17 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Replay:
-    """A tensor of the graph and the calls to make on it."""
+class Joined:
+    """Tensors side by side along their last dimension: [..., D1 + D2 + ...]."""
 
-    source: Node
+    parts: tuple["Replay", ...]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A tensor of the graph, or several joined, and the calls to make on it."""
+
+    source: Node | Joined
     steps: tuple[Step, ...] = ()
 
     def then(self, function: Callable, *args: Any) -> "Replay":
@@ -58,18 +66,27 @@ class Replay:
 
     def operands(self) -> list[Node]:
         """Every node that `emit` reads."""
-        nodes = [self.source]
+        nodes = []
+        if isinstance(self.source, Joined):
+            nodes += [node for part in self.source.parts for node in part.operands()]
+        else:
+            nodes.append(self.source)
         for step in self.steps:
             map_arg(step.args, nodes.append)
+            nodes += [node for arg in step.args or () if isinstance(arg, Replay) for node in arg.operands()]
         return nodes
 
     def emit(self, call: Callable[..., Node]) -> Node:
         """The result as a node; call(function, *args) writes one call into the graph."""
-        value = self.source
+        if isinstance(self.source, Joined):
+            value = call(torch.cat, [part.emit(call) for part in self.source.parts], -1)
+        else:
+            value = self.source
         for step in self.steps:
             if step.args is None:
                 raise Refused("rows are reshaped to several dynamic sizes that are not arguments of the call")
-            value = call(step.function, value, *step.args)
+            args = [arg.emit(call) if isinstance(arg, Replay) else arg for arg in step.args]
+            value = call(step.function, value, *args)
         return value
 
 
@@ -89,6 +106,12 @@ class DeferredLogits:
     width: Any  # D, int or SymInt
     normalized: bool = False
     assumed: tuple[torch.SymFloat, ...] = ()  # the map holds their values in this run
+    has_fill: bool = False  # a bias of -inf marks classes that the map fills with a number
+
+    @property
+    def products(self) -> int:
+        """How many matrix products are added up."""
+        return len(self.hidden.source.parts) if isinstance(self.hidden.source, Joined) else 1
 
     def operands(self) -> list[Node]:
         """Every node that computing them reads."""
@@ -188,6 +211,93 @@ class DeferredLogits:
             raise Refused("it changes log-probabilities over the vocabulary; apply it after picking the targets' ones")
         return replace(self, logit_map=self.logit_map.then(step))
 
+    def same_products(self, other: Any) -> bool:
+        """Whether other is made of the same z, in the same shape, perhaps by another map."""
+        return (
+            isinstance(other, DeferredLogits)
+            and not (self.normalized or other.normalized)
+            and (self.hidden.flat(), self.weight, self.biases) == (other.hidden.flat(), other.weight, other.biases)
+            and self.compute_dtype == other.compute_dtype
+            and self.same_shape(other)
+        )
+
+    def same_shape(self, other: "DeferredLogits") -> bool:
+        same_dims = (self.ndim, self.vocab_dim) == (other.ndim, other.vocab_dim)
+        return same_dims and all(map(statically_equal, self.shape, other.shape))
+
+    def combine(
+        self, other: "DeferredLogits", function: Callable[[sympy.Expr, sympy.Expr], sympy.Expr]
+    ) -> "DeferredLogits":
+        """A pointwise function of these logits and of others made of the same products."""
+        if not self.same_products(other):
+            raise Refused("logits of two different products, or of other rows, are combined element by element")
+        expr = function(self.logit_map.expr, other.logit_map.expr)
+        return replace(self, logit_map=LogitMap(expr), assumed=(*self.assumed, *other.assumed))
+
+    def fill(self, mask: Replay, value: sympy.Expr) -> "DeferredLogits":
+        """With a number, without gradient, for the classes of a mask [V]: a bias of -inf marks them for the map."""
+        if self.normalized:
+            raise Refused("log-probabilities are masked; mask the logits before log_softmax")
+        if self.biases and value != -sympy.oo and not self.has_fill:
+            raise Refused("classes of logits with a bias are filled with a finite number; fill them with -inf")
+        expr = filled(self.logit_map.expr, value)
+        if expr is None:
+            raise Refused("classes are filled twice, with different numbers or another map between; fill them once")
+        bias = mask.then(torch.where, -math.inf, 0.0)
+        return replace(self, biases=(*self.biases, bias), logit_map=LogitMap(expr), has_fill=True)
+
+    def plus(self, other: "DeferredLogits") -> "DeferredLogits":
+        """The sum of two products: one product of the hidden states side by side with the weights side by side.
+
+        That copies the weight, as the operator takes it in one piece. To fold the second product into the weight
+        (weight + B @ A) would copy it too, round small updates away, and could not express dropout before A.
+        """
+        parts = sorted((self._without_map(), other._without_map()), key=lambda part: part.matmul)
+        dtypes = {part.compute_dtype for part in parts}
+        if len(dtypes) > 1 and (torch.float64 in dtypes or torch.float32 not in dtypes):
+            raise Refused("the sum of two products is computed in two dtypes that do not fit; compute both in one")
+        if not self.same_shape(other):
+            raise Refused("the sum of two products of different shapes is needed in memory; give both the same shape")
+        compute_dtype = min(dtypes, key=lambda dtype: dtype.itemsize)
+        return replace(
+            self,
+            matmul=parts[0].matmul,
+            hidden=_joined([part.hidden for part in parts], compute_dtype),
+            weight=_joined([part.weight for part in parts], compute_dtype),
+            biases=(*parts[0].biases, *parts[1].biases),
+            logit_map=LogitMap().then(lambda z: z + self.offset + other.offset),
+            compute_dtype=compute_dtype,
+            width=self.width + other.width,
+            assumed=(*self.assumed, *other.assumed),
+        )
+
+    @property
+    def offset(self) -> sympy.Expr:
+        """c of an affine map a z + c."""
+        return self.logit_map.expr.subs(Z, 0)
+
+    def _without_map(self) -> "DeferredLogits":
+        """a (hidden @ weight.T + bias) with a moved to the operands, where the map is a z + c."""
+        affine = self.logit_map.affine()
+        if self.normalized or affine is None:
+            raise Refused("products are added after a non-linear map; add them before the map")
+        if affine[0] == 1:
+            return self
+        return replace(
+            self,
+            hidden=self.hidden.then(torch.mul, affine[0]),
+            biases=tuple(bias.then(torch.mul, affine[0]) for bias in self.biases),
+        )
+
+    def swapped(self) -> "DeferredLogits":
+        """The transpose of logits [N, V] with classes and rows exchanged: weight @ hidden.T."""
+        if self.ndim != 2 or self.biases or self.normalized:
+            raise Refused(
+                "its class dimension is not the vocabulary of the matmul; only the transpose of a plain product "
+                "[N, V] can be reduced along its rows"
+            )
+        return replace(self, hidden=self.weight, weight=self.hidden, vocab_dim=1 - self.vocab_dim)
+
     def log_softmax(self) -> "DeferredLogits":
         """As log-probabilities over the vocabulary; doing that twice changes nothing."""
         return replace(self, normalized=True)
@@ -220,6 +330,16 @@ class DeferredLogits:
             biases=tuple(bias.then(function, factor).then(torch.flatten) for bias in self.biases),
         )
 
+    def scale_classes(self, function: Callable, factors: Replay) -> "DeferredLogits":
+        """After multiplying or dividing by a vector [V] of the program: it moves to the weight, a copy, and biases."""
+        if not self.is_scalable or self.vocab_dim != self.ndim - 1:
+            raise Refused("a vector over the vocabulary scales the logits after another map; scale first")
+        return replace(
+            self,
+            weight=self.weight.then(function, factors.then(torch.unsqueeze, -1)),
+            biases=tuple(bias.then(function, factors) for bias in self.biases),
+        )
+
     def detach(self) -> "DeferredLogits":
         return replace(
             self,
@@ -227,3 +347,24 @@ class DeferredLogits:
             weight=self.weight.then(torch.detach),
             biases=tuple(bias.then(torch.detach) for bias in self.biases),
         )
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """Logits of several products stacked along a dimension; None stands for those of other sites."""
+
+    parts: tuple[DeferredLogits | None, ...]
+    dim: int
+
+
+def _joined(parts: list[Replay], dtype: torch.dtype) -> Replay:
+    """Operands of products side by side, in the dtype of the product."""
+    flat: list[Replay] = []
+    for part in parts:
+        several = part.source.parts if isinstance(part.source, Joined) and not part.steps else (part,)
+        flat += [p if _has_dtype(p, dtype) else p.then(torch.Tensor.to, dtype) for p in several]
+    return Replay(Joined(tuple(flat)))
+
+
+def _has_dtype(part: Replay, dtype: torch.dtype) -> bool:
+    return isinstance(part.source, Node) and part.source.meta["example_value"].dtype == dtype

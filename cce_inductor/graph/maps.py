@@ -1,6 +1,7 @@
 """Rules for pointwise operations: they compose into one expression, a bias, or a scale of the hidden states."""
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import sympy
@@ -8,20 +9,22 @@ import torch
 from torch.fx import Node
 
 from ..compat import float_hint
-from ..logit_map import constant, sigmoid
+from ..logit_map import clamped, constant, gt, sigmoid
+from ..logit_map import where as chosen
 from .logits import DeferredLogits, Refused
 from .matmuls import is_vocab_vector, vocab_vector
-from .registry import Call, logits_and_other, rule, tensor_of
+from .reductions import Reduction
+from .registry import Call, operation, out_of_place, rule, tensor_of
 
 
-def _with_dtype(call: Call, x: DeferredLogits) -> DeferredLogits:
+def with_dtype(call: Call, x: DeferredLogits) -> DeferredLogits:
     """Type promotion may have changed the dtype; a pointwise operation must not have changed the shape."""
     if tuple(call.output.shape) != x.shape:
         raise Refused("the logits are broadcast against a larger tensor")
     return x.to(call.output.dtype)
 
 
-def _number(value: Any) -> sympy.Expr | None:
+def number_of(value: Any) -> sympy.Expr | None:
     """A Python number of the program as a constant of the map; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
@@ -50,68 +53,157 @@ def _is_scalar(value: Any) -> bool:
     return all(isinstance(size, int) and size == 1 for size in tensor.shape) and not tensor.dtype.is_complex
 
 
+def _logits_and_other(a: Any, b: Any) -> tuple[DeferredLogits, Any]:
+    """The deferred operand of a commutative operation and the other one."""
+    return (a, b) if isinstance(a, DeferredLogits) else (b, a)
+
+
 @rule("mul")
 def mul(call: Call, a: Any, b: Any) -> DeferredLogits:
-    x, factor = logits_and_other(a, b)
-    return _with_dtype(call, _scaled(x, factor, operator.mul, torch.mul))
+    x, factor = _logits_and_other(a, b)
+    return with_dtype(call, _scaled(x, factor, operator.mul, torch.mul))
 
 
 @rule("div")
 def div(call: Call, x: Any, divisor: Any, *, rounding_mode: None = None) -> DeferredLogits:
-    if not isinstance(x, DeferredLogits) or isinstance(divisor, DeferredLogits) or rounding_mode is not None:
-        raise Refused("something is divided by the logits, or with rounding")
-    return _with_dtype(call, _scaled(x, divisor, operator.truediv, torch.div))
+    if rounding_mode is not None:
+        raise Refused("the logits are divided with rounding, which has no gradient; divide without rounding_mode")
+    if isinstance(x, DeferredLogits):
+        return with_dtype(call, _scaled(x, divisor, operator.truediv, torch.div))
+    number = number_of(x)
+    if number is None:
+        raise Refused("a tensor is divided by the logits; only a number can be")
+    return with_dtype(call, divisor.map(lambda z: number / z))
 
 
 def _scaled(x: DeferredLogits, factor: Any, on_expressions: Any, on_tensors: Any) -> DeferredLogits:
+    if isinstance(factor, DeferredLogits):
+        return x.combine(factor, on_expressions)
     if not x.is_scalable:
         x, factor = _fixed(x, factor)
-    number = _number(factor)
+    number = number_of(factor)
     if number is not None:
         return x.map(lambda z: on_expressions(z, number))
     if _is_scalar(factor):
         return x.scale(on_tensors, factor)
-    raise Refused("the logits are scaled by a tensor of more than one number")
+    tensor = tensor_of(factor)
+    if tensor is not None and is_vocab_vector(tuple(tensor.shape), x.vocab_size):
+        return x.scale_classes(on_tensors, vocab_vector(factor))
+    raise Refused("the logits are scaled by a tensor that differs from row to row; scale the hidden states by it")
 
 
 @rule("add")
 def add(call: Call, a: Any, b: Any, *, alpha: Any = 1) -> DeferredLogits:
-    x, term = logits_and_other(a, b)
-    return _with_dtype(call, _added(x, term, 1 if alpha == 1 else None))
+    if alpha != 1 and not isinstance(a, DeferredLogits):
+        raise Refused("the logits are added with a factor (alpha); multiply them by it")
+    x, term = _logits_and_other(a, b)
+    return with_dtype(call, _added(call, x, term, alpha))
 
 
 @rule("sub")
-def sub(call: Call, x: Any, term: Any, *, alpha: Any = 1) -> DeferredLogits:
-    if not isinstance(x, DeferredLogits) or isinstance(term, DeferredLogits):
-        raise Refused("the logits are subtracted from something")
-    return _with_dtype(call, _added(x, term, -1 if alpha == 1 else None))
+def sub(call: Call, a: Any, b: Any, *, alpha: Any = 1) -> DeferredLogits:
+    if isinstance(a, DeferredLogits):
+        if _is_log_sum_exp(call, a, b):
+            return a.log_softmax().to(call.output.dtype)
+        return with_dtype(call, _added(call, a, b, -alpha))
+    if alpha != 1:
+        raise Refused("the logits are subtracted with a factor (alpha); multiply them by it")
+    return with_dtype(call, _added(call, b.map(operator.neg), a, 1))
 
 
-def _added(x: DeferredLogits, term: Any, sign: int | None) -> DeferredLogits:
-    if sign is None:
-        raise Refused("a scaled tensor is added to the logits (alpha)")
+_SHAPES_AND_CASTS = ("unsqueeze", "view", "reshape", "getitem", "to", "float", "type_as")
+
+
+def _is_log_sum_exp(call: Call, x: DeferredLogits, term: Any) -> bool:
+    """Whether a term is the log-sum-exp of the very logits that it is subtracted from: log_softmax spelled out."""
+    node: Any = call.node.args[1] if len(call.node.args) > 1 else None
+    while isinstance(node, Node) and operation(node) in _SHAPES_AND_CASTS:
+        node = node.args[0]
+    reduced = call.values.get(node)
+    tensor, source = tensor_of(call.node.args[1]), tensor_of(node)
+    return (
+        isinstance(reduced, Reduction)
+        and operation(reduced.node) == "logsumexp"
+        and reduced.logits.same_products(x)
+        and reduced.logits.logit_map == x.logit_map
+        and source.requires_grad == call.output.requires_grad
+        and tensor.dim() == x.ndim
+        and tuple(tensor.shape) == (*x.shape[: x.vocab_dim], 1, *x.shape[x.vocab_dim + 1 :])
+    )
+
+
+def _added(call: Call, x: DeferredLogits, term: Any, factor: Any) -> DeferredLogits:
+    if isinstance(term, DeferredLogits):
+        scale = number_of(factor)
+        if scale is None:
+            raise Refused("logits are added with a factor that is no number (alpha); multiply them by it")
+        return x.combine(term, lambda a, b: a + scale * b)
     x, term = _fixed(x, term)
-    number = _number(term)
+    number = number_of(term)
     if number is not None:
-        return x.map(lambda z: z + sign * number)
+        return x.map(lambda z: z + factor * number)
+    other = call.others.get(term) if isinstance(term, Node) else None
+    if isinstance(other, DeferredLogits) and x.same_shape(other):
+        return x.plus(other.map(lambda z: z * number_of(factor)))
     tensor = tensor_of(term)
     last = x.vocab_dim == x.ndim - 1
     if tensor is None or not last or not is_vocab_vector(tuple(tensor.shape), x.vocab_size):
         raise Refused("a tensor that differs from row to row is added to the logits; only a [V] bias can be")
     bias = vocab_vector(term)
-    return x.add_bias(bias if sign == 1 else bias.then(torch.neg))
+    return x.add_bias(bias if factor == 1 else bias.then(torch.mul, factor))
 
 
-@rule("neg")
-def neg(call: Call, x: DeferredLogits) -> DeferredLogits:
-    return x.map(operator.neg)
+POINTWISE: dict[str, Callable[..., sympy.Expr]] = {
+    "neg": operator.neg,
+    "tanh": sympy.tanh,
+    "sigmoid": sigmoid,
+    "expit": sigmoid,
+    "exp": sympy.exp,
+    "square": lambda z: z**2,
+    "relu": lambda z: chosen(gt(z, 0), z, 0),
+    "silu": lambda z: z * sigmoid(z),
+}
 
 
-@rule("tanh")
-def tanh(call: Call, x: DeferredLogits) -> DeferredLogits:
-    return x.map(sympy.tanh)
+@rule(*POINTWISE)
+def pointwise(call: Call, x: DeferredLogits, inplace: bool = False) -> DeferredLogits:
+    return x.map(POINTWISE[out_of_place(operation(call.node))]).to(call.output.dtype)
 
 
-@rule("sigmoid", "expit")
-def sigmoid_of(call: Call, x: DeferredLogits) -> DeferredLogits:
-    return x.map(sigmoid)
+@rule("pow")
+def power(call: Call, x: DeferredLogits, exponent: Any) -> DeferredLogits:
+    if not isinstance(exponent, int) or exponent == 0:
+        raise Refused("the logits are raised to a power that is no whole number; only whole powers are known")
+    return with_dtype(call, x.map(lambda z: z**exponent))
+
+
+@rule("leaky_relu")
+def leaky_relu(call: Call, x: DeferredLogits, negative_slope: float = 0.01, inplace: bool = False) -> DeferredLogits:
+    slope = constant(negative_slope)
+    return x.map(lambda z: chosen(gt(z, 0), z, slope * z))
+
+
+@rule("clamp", "clamp_min", "clamp_max")
+def clamp(call: Call, x: DeferredLogits, *args: Any, **named: Any) -> DeferredLogits:
+    name = out_of_place(operation(call.node))
+    bounds = dict(zip(("max",) if name == "clamp_max" else ("min", "max"), args, strict=False)) | named
+    return with_dtype(call, _clamped(x, bounds.get("min"), bounds.get("max")))
+
+
+@rule("hardtanh")
+def hardtanh(
+    call: Call, x: DeferredLogits, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
+) -> DeferredLogits:
+    return with_dtype(call, _clamped(x, min_val, max_val))
+
+
+def _clamped(x: DeferredLogits, low: Any, high: Any) -> DeferredLogits:
+    low, high = (None if bound is None else _bound(bound) for bound in (low, high))
+    return x.map(lambda z: clamped(z, low, high))
+
+
+def _bound(value: Any) -> sympy.Expr:
+    number = number_of(value)
+    if number is None:
+        raise Refused("the logits are clamped by tensors; clamp them by numbers")
+    return number

@@ -1,6 +1,7 @@
 """Where deferred logits begin: every spelling of hidden @ weight.T (+ bias)."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,9 +34,13 @@ def start(node: Node, grad_modes: dict[Node, bool]) -> DeferredLogits | None:
         return None
     hidden, weight, biases = operands
     shape, vocab_dim = tuple(map(constant_size, output.shape)), output.dim() - 1
-    if operation(node) == "einsum":
-        vocab_dim = _einsum_vocab_dim(*node.args)
     width = constant_size(tensor_of(hidden.source).shape[-1])
+    if operation(node) == "einsum":
+        args: Any = node.args
+        letters = _einsum_letters(*args)
+        assert letters is not None, "_einsum() has read the equation"
+        vocab_dim = letters.output.index(letters.vocab)
+        width = constant_size(tensor_of(hidden.source).shape[letters.hidden.index(letters.width)])
     return DeferredLogits(
         node,
         hidden,
@@ -80,9 +85,16 @@ def _mm(input: Node, mat2: Node) -> Operands:
 
 def _addmm(input: Node, mat1: Node, mat2: Node, *, beta: float = 1, alpha: float = 1) -> Operands:
     matmul, bias = _matmul(mat1, mat2), _shape(input)
-    if matmul is None or beta != 1 or alpha != 1 or bias is None or not is_vocab_vector(bias, _shape(mat2)[1]):
+    if matmul is None or bias is None or not is_vocab_vector(bias, _shape(mat2)[1]):
         return None
-    return *matmul[:2], (vocab_vector(input),)
+    return _weighed(matmul, vocab_vector(input), beta, alpha)
+
+
+def _weighed(matmul: Any, bias: Replay, beta: Any, alpha: Any) -> Operands:
+    """beta * bias + alpha * hidden @ weight.T."""
+    hidden, weight, _ = matmul
+    hidden = hidden if alpha == 1 else hidden.then(torch.mul, alpha)
+    return hidden, weight, (bias if beta == 1 else bias.then(torch.mul, beta),)
 
 
 def _bmm(input: Node, mat2: Node) -> Operands:
@@ -94,39 +106,59 @@ def _bmm(input: Node, mat2: Node) -> Operands:
 
 def _baddbmm(input: Node, batch1: Node, batch2: Node, *, beta: float = 1, alpha: float = 1) -> Operands:
     bmm, bias = _bmm(batch1, batch2), _shape(input)
-    if bmm is None or beta != 1 or alpha != 1 or bias is None or not is_vocab_vector(bias, _shape(batch2)[2]):
+    if bmm is None or bias is None or not is_vocab_vector(bias, _shape(batch2)[2]):
         return None
-    return *bmm[:2], (vocab_vector(input),)
+    return _weighed(bmm, vocab_vector(input), beta, alpha)
+
+
+@dataclass(frozen=True)
+class _Letters:
+    """An einsum "rows width, vocab width -> rows vocab", the letters of each operand in any order."""
+
+    hidden: str
+    weight: str
+    output: str
+    width: str
+    vocab: str
+    swapped: bool  # the weight comes first
 
 
 def _einsum(equation: str, *operands: Any) -> Operands:
-    if len(operands) == 1 and isinstance(operands[0], tuple | list):
-        operands = tuple(operands[0])
-    letters = _einsum_letters(equation)
-    if letters is None or len(operands) != 2:
+    letters = _einsum_letters(equation, *operands)
+    if letters is None:
         return None
-    _, weight, vocab = letters
-    replay = Replay(operands[1])
-    return Replay(operands[0]), replay if weight[0] == vocab else replay.then(torch.t), ()
+    hidden, weight = _einsum_operands(operands)[:: -1 if letters.swapped else 1]
+    order = [letters.hidden.index(letter) for letter in letters.output.replace(letters.vocab, "") + letters.width]
+    replay = Replay(hidden)
+    replay = replay if order == sorted(order) else replay.then(torch.permute, tuple(order))
+    return replay, Replay(weight) if letters.weight[0] == letters.vocab else Replay(weight).then(torch.t), ()
 
 
-def _einsum_letters(equation: str) -> tuple[str, str, str] | None:
-    """(hidden letters, weight letters, vocabulary letter) of "rows d, v d -> rows v" with v anywhere, or None."""
-    inputs, arrow, output = equation.replace(" ", "").partition("->")
-    hidden, comma, weight = inputs.partition(",")
-    if not arrow or not comma or not (hidden + weight + output).isalpha() or len(weight) != 2 or not hidden:
+def _einsum_operands(operands: tuple) -> tuple:
+    return tuple(operands[0]) if len(operands) == 1 and isinstance(operands[0], tuple | list) else operands
+
+
+def _einsum_letters(equation: str, *operands: Any) -> _Letters | None:
+    operands = _einsum_operands(operands)
+    if len(operands) != 2 or "->" not in equation:
         return None
-    width = hidden[-1]
-    vocab = weight.replace(width, "")
-    if width not in weight or len(vocab) != 1 or vocab in hidden or output.replace(vocab, "", 1) != hidden[:-1]:
-        return None
-    return (hidden, weight, vocab) if len(set(hidden)) == len(hidden) and vocab in output else None
+    inputs, output = equation.replace(" ", "").split("->")
+    spellings = inputs.split(",")
+    for swapped in (False, True):
+        (hidden, weight), (tensor, _) = (pair[:: -1 if swapped else 1] for pair in (spellings, operands))
+        dots = len(_shape(tensor) or ()) - len(hidden.replace("...", ""))
+        if dots > len(_UNUSED):
+            return None
+        hidden, result = (text.replace("...", _UNUSED[:dots]) for text in (hidden, output))
+        widths, vocabs = set(hidden) & set(weight), set(weight) - set(hidden)
+        if len(weight) == 2 and len(widths) == len(vocabs) == 1 and len(set(hidden)) == len(hidden):
+            [width], [vocab] = widths, vocabs
+            if sorted(result) == sorted(hidden.replace(width, vocab)):
+                return _Letters(hidden, weight, result, width, vocab, swapped)
+    return None
 
 
-def _einsum_vocab_dim(equation: Any, *_: Any) -> int:
-    letters = _einsum_letters(equation)
-    assert letters is not None, "start() asks only after _einsum() has read the equation"
-    return equation.replace(" ", "").partition("->")[2].index(letters[2])
+_UNUSED = "\u03b1\u03b2\u03b3\u03b4\u03b5"  # letters that stand for the dimensions of "..."
 
 
 def is_vocab_vector(shape: tuple, vocab_size: Any) -> bool:

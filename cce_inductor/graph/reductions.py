@@ -36,6 +36,14 @@ class Results:
 
 
 @dataclass(frozen=True)
+class WeightedSum:
+    """A loss that is the sum over rows of a weight, known beforehand, times -log p of the target."""
+
+    row_weights: Callable[[Vector, torch.dtype, Callable[[Node], Vector]], Vector]  # (target [N], dtype, proxy) -> [N]
+    finish: Callable[[Vector, Vector], Vector]  # (sum, target [N]) -> loss
+
+
+@dataclass(frozen=True)
 class Reduction:
     """One operation of the program that reduces deferred logits over the vocabulary."""
 
@@ -47,6 +55,8 @@ class Reduction:
     want_total: bool = False
     total_weight: Node | None = None  # [V]
     is_loss: bool = True  # part of a loss by its form, not just some sum of the activations of a layer
+    reads_ignored: bool = True  # whether rows whose target is ignore_index matter to it
+    weighted_sum: "WeightedSum | None" = None  # the same, where it is one
 
     @property
     def name(self) -> str:
@@ -75,7 +85,7 @@ def cross_entropy(
 ) -> Reduction:
     if size_average is not None or reduce is not None:
         raise Refused("it uses the deprecated arguments size_average or reduce; use reduction=")
-    _require_class_dim(input)
+    input = _classes_in_place(input)
     _require_targets(input, target)
     if label_smoothing and not isinstance(input.vocab_size, int):
         raise Refused("label smoothing needs a vocabulary of a constant size")
@@ -95,6 +105,13 @@ def cross_entropy(
         )
         return loss.view_as(results.proxy(target)) if reduction == "none" else loss
 
+    def row_weights(target: Vector, dtype: torch.dtype, proxy: Callable[[Node], Vector]) -> Vector:
+        class_weight = None if weight is None else proxy(weight)
+        return losses.row_weights(target, dtype, class_weight, reduction, ignore_index)
+
+    def finish(loss: Vector, target: Vector) -> Vector:
+        return losses.nan_without_rows(loss, target, ignore_index) if reduction == "mean" else loss
+
     smooth = label_smoothing > 0
     return Reduction(
         call.node,
@@ -104,6 +121,8 @@ def cross_entropy(
         ignore_index,
         want_total=smooth,
         total_weight=weight if smooth else None,
+        reads_ignored=False,
+        weighted_sum=None if smooth or reduction == "none" else WeightedSum(row_weights, finish),
     )
 
 
@@ -184,9 +203,9 @@ def _require_vocab(x: DeferredLogits, dim: Any) -> None:
         raise Refused("it reduces another dimension than the vocabulary")
 
 
-def _require_class_dim(x: DeferredLogits) -> None:
-    if x.vocab_dim != (1 if x.ndim > 1 else 0):
-        raise Refused("its class dimension is not the vocabulary of the matmul")
+def _classes_in_place(x: DeferredLogits) -> DeferredLogits:
+    """Logits whose class dimension is the vocabulary; of their transpose the rows are the classes."""
+    return x if x.vocab_dim == min(1, x.ndim - 1) else x.swapped()
 
 
 def _require_targets(x: DeferredLogits, target: Any) -> None:

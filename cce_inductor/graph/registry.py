@@ -15,32 +15,36 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-from .logits import DeferredLogits, Refused
+from .logits import Refused, Stacked
 
 Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}
-# The rules of these take the logits in either place; those of all others take them first.
-EITHER_OPERAND = ("mul", "add", "sub", "div")
+# The rules of these take the logits in any place; those of all others take them first.
+ANY_OPERAND = ("mul", "div", "add", "sub", "where", "stack")
 
 # Operations under another name, in torch, in Python or as a method of a tensor.
 ALIASES = {
     "truediv": "div", "true_divide": "div", "divide": "div", "multiply": "mul", "subtract": "sub", "negative": "neg",
     "swapaxes": "transpose", "swapdims": "transpose", "moveaxis": "movedim", "take_along_dim": "gather",
-    "__getitem__": "getitem", "view_as": "view", "reshape_as": "view",
+    "__getitem__": "getitem", "view_as": "view", "reshape_as": "view", "clip": "clamp", "hardtanh": "clamp",
+    "greater": "gt", "less": "lt", "and_": "bitwise_and", "or_": "bitwise_or",
 }  # fmt: skip
 NAMESPACES = (torch, F, torch._C._nn, torch.special, torch.functional, operator, torch.Tensor)
 
 
 @dataclass(frozen=True)
 class Call:
-    """One operation of the graph that reads deferred logits."""
+    """One operation of the graph that reads deferred logits.
+
+    values: what is known of the site's nodes before it: deferred logits, and reductions of them.
+    others: the same of the products before the site's.
+    output: the fake value that the operation has in the program: shapes, dtypes and devices, no data.
+    """
 
     node: Node
-
-    @property
-    def output(self) -> Any:
-        """The fake value that the operation has in the program: shapes, dtypes and devices, no data."""
-        return self.node.meta["example_value"]
+    values: dict[Node, Any]
+    others: dict[Node, Any]
+    output: Any
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -69,27 +73,43 @@ def operation(node: Node) -> str:
     return ALIASES.get(name, name)
 
 
+def out_of_place(name: str) -> str:
+    """The operation that another does in place: "div" for "div_" and for "itruediv"."""
+    if name.endswith("_") and not name.endswith("__"):
+        name = name[:-1]
+    elif name in ("iadd", "isub", "imul", "itruediv", "ipow"):
+        name = name[1:]
+    return ALIASES.get(name, name)
+
+
 @functools.lru_cache(maxsize=4096)
 def _is_torch(function: Callable, name: str) -> bool:
     """Whether a function is torch's (or Python's operator) of that name, not somebody's of the same name."""
     return any(getattr(namespace, name, None) is function for namespace in NAMESPACES)
 
 
-def apply(node: Node, values: dict[Node, Any]) -> Any:
-    """What a node does to the deferred values among its operands; raises `Refused` where nobody knows."""
+def apply(node: Node, values: dict[Node, Any], others: dict[Node, Any] | None = None) -> Any:
+    """What a node does to the deferred values among its operands; raises `Refused` where nobody knows.
+
+    others: deferred values that other products have, which it may be combined with.
+    """
     name = operation(node)
-    function = RULES.get(name)
+    base = out_of_place(name)
+    first: Any = node.args[0] if node.args else node.kwargs.get("input")
+    function = RULES.get(f"stacked.{base}" if isinstance(values.get(first), Stacked) else base)
     if function is None:
         raise Refused(f"`{name}` of the logits is not understood, so they are needed in memory")
-    args = [_operand(arg, values) for arg in (node.args[:1] if node.target is getattr else node.args)]
+    args = [_operand(arg, values, base == "stack") for arg in (node.args[:1] if node.target is getattr else node.args)]
     kwargs = {key: _operand(arg, values) for key, arg in node.kwargs.items()}
-    first = node.args[0] if node.args else node.kwargs.get("input")
-    if name not in EITHER_OPERAND and any(user is not first for user in node.all_input_nodes if user in values):
+    further = any(operand is not first for operand in node.all_input_nodes if operand in values)
+    others = others or {}
+    writes_another = name != base and first not in values and first not in others
+    if further and (base not in ANY_OPERAND or writes_another):
         raise Refused(f"the logits are not what `{name}` works on but another argument, so they are needed in memory")
     args = [kwargs.pop("input"), *args] if "input" in kwargs else args
     args = [*args, kwargs.pop("other")] if "other" in kwargs else args
     try:
-        return function(Call(node), *args, **kwargs)
+        return function(Call(node, values, others, node.meta.get("example_value")), *args, **kwargs)
     except Refused:
         raise
     except Exception as error:
@@ -98,21 +118,14 @@ def apply(node: Node, values: dict[Node, Any]) -> Any:
         ) from error
 
 
-def _operand(arg: Any, values: dict[Node, Any]) -> Any:
+def _operand(arg: Any, values: dict[Node, Any], lists: bool = False) -> Any:
     if isinstance(arg, Node):
         return values.get(arg, arg)
     nested: list[Node] = []
     torch.fx.node.map_arg(arg, nested.append)
-    if any(node in values for node in nested):
+    if any(node in values for node in nested) and not lists:
         raise Refused("the logits are combined with other tensors, so they are needed in memory")
     return arg
-
-
-def logits_and_other(a: Any, b: Any) -> tuple[DeferredLogits, Any]:
-    """The deferred operand of a commutative operation and the other one."""
-    if isinstance(a, DeferredLogits) and isinstance(b, DeferredLogits):
-        raise Refused("the logits are combined with themselves element by element")
-    return (a, b) if isinstance(a, DeferredLogits) else (b, a)
 
 
 def tensor_of(arg: Any) -> Any:

@@ -15,7 +15,7 @@ from torch.fx import Graph, Node
 
 from ..compat import statically_equal
 from ..lazy_logits import Formula, lazy_logits
-from .effects import first_write, grad_modes, same_storage
+from .effects import first_write, grad_modes, shares_memory
 from .emitter import Emitter
 from .logits import DeferredLogits, Refused
 from .registry import operation, tensor_of
@@ -92,8 +92,10 @@ def return_operands(site: Site, node: Node, logits: DeferredLogits, emitter: Emi
         raise Refused("gradients are not recorded in a part of their computation")
     if logits.vocab_dim != logits.ndim - 1:
         raise Refused("the vocabulary is not their last dimension")
+    if logits.has_fill:
+        raise Refused("some of their classes are filled with a number")
     others = [other for other in site.returned if other is not node]
-    if any(same_storage(other, node) for other in others):
+    if any(shares_memory(other, node) for other in others):
         raise Refused("two of the results are views of them that share memory")
     _require_unwritten(site, logits)
     with emitter.at(output, modes[output], origin=logits.matmul):

@@ -8,13 +8,14 @@ import operator
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node, Proxy
 
 from ..compat import fix, statically_equal
 from ..ops.library import vocab_reductions
 from ..options import Options
 from ..report import Rewrite
-from .effects import first_write
+from . import in_forward
+from .effects import first_write, written
 from .emitter import Emitter
 from .logits import Refused
 from .reductions import Results
@@ -25,11 +26,13 @@ from .sweeps import Sweep, sweeps_of
 
 
 class Rewriting:
-    """One site with the new nodes in use and the old ones still there. `undo()` or `finish()` ends it."""
+    """One site with the new nodes in use and the old ones still there. `undo()` or `finish` ends it."""
 
-    def __init__(self, site: Site, options: Options, not_lazy: str | None) -> None:
+    def __init__(self, site: Site, options: Options, once: bool, not_lazy: str | None) -> None:
         """Raises `Refused`, or whatever went wrong, with the graph as it was.
 
+        once: whether the gradients may be computed in the forward: it is the only head that needs some, and the
+            forward does not run again for the backward, as in a checkpoint.
         not_lazy: why logits among the graph's results are to be computed; None where they may become `self.lazy`.
         """
         self._site = site
@@ -40,14 +43,15 @@ class Rewriting:
         self._results: Any = None  # as they were when only the reductions were replaced
         self.lazy: list[LazyResult] = []
         try:
-            self.report = self._rewrite(options, not_lazy)
+            self.report = self._rewrite(options, once, not_lazy)
         except BaseException:
             self.undo()
             raise
 
-    def _rewrite(self, options: Options, not_lazy: str | None) -> Rewrite:
+    def _rewrite(self, options: Options, once: bool, not_lazy: str | None) -> Rewrite:
         sweeps = sweeps_of(self._site)
-        replacements = [pair for sweep in sweeps for pair in _emit(sweep, self._site, self._emitter, options)]
+        once = once and sum(sweep.grad_enabled for sweep in sweeps) == 1
+        replacements = [pair for sweep in sweeps for pair in _emit(sweep, self._site, self._emitter, options, once)]
         for node, replacement in replacements:
             _require_same(node, replacement)
         in_use = [reduction.logits for reduction in self._site.reductions] + list(self._site.returned.values())
@@ -84,14 +88,27 @@ class Rewriting:
         for node in self._order:  # some may have moved
             self._graph.output_node().prepend(node)
 
-    def finish(self) -> None:
-        """Erases what is no longer used."""
-        for node in (*reversed(self._site.chain), *reversed(self._emitter.nodes)):
-            if not node.users:
-                self._graph.erase_node(node)
+    @property
+    def loose(self) -> set[Node]:
+        """The nodes that the rewrite leaves behind, or has made, some of them unused."""
+        return {*self._site.chain, *self._emitter.nodes}
 
 
-def _emit(sweep: Sweep, site: Site, emitter: Emitter, options: Options) -> list[tuple[Node, Node]]:
+def finish(graph: Graph, rewritings: list[Rewriting]) -> None:
+    """Erases what is no longer used. What several sites share goes when the last of them needs it no more."""
+    unused = {node for rewriting in rewritings for node in rewriting.loose}
+    while True:
+        # a write in place is a use of what it writes
+        used = {node for node in unused if any(not unused.issuperset(n.users) for n in (node, *written(node)))}
+        if not used:
+            break
+        unused -= used
+    for node in reversed(list(graph.nodes)):
+        if node in unused:
+            graph.erase_node(node)
+
+
+def _emit(sweep: Sweep, site: Site, emitter: Emitter, options: Options, once: bool) -> list[tuple[Node, Node]]:
     """(old node, its replacement) for each reduction of a sweep."""
     anchor = sweep.reductions[0].node
     logits = sweep.reductions[0].logits
@@ -102,11 +119,17 @@ def _emit(sweep: Sweep, site: Site, emitter: Emitter, options: Options) -> list[
     with emitter.at(anchor, sweep.grad_enabled):
         target = sweep.target
         flat_target = None if target is None else _flat_target(target, emitter)
-        outputs = emitter.call(
-            vocab_reductions,
+        factors = (
             emitter.as_matrix(logits.hidden.flat().emit(emitter.call)),
             logits.weight.emit(emitter.call),
             emitter.sum([bias.emit(emitter.call) for bias in logits.biases]),
+        )
+        if flat_target is not None and once and in_forward.applies(sweep, factors):
+            loss = in_forward.emit(sweep.reductions[0], factors, flat_target, emitter, options)
+            return [(anchor, _in_dtype_of(anchor, loss))]
+        outputs = emitter.call(
+            vocab_reductions,
+            *factors,
             flat_target,
             sweep.find("total_weight"),
             logit_map=str(logits.logit_map),
@@ -115,6 +138,7 @@ def _emit(sweep: Sweep, site: Site, emitter: Emitter, options: Options) -> list[
             compute_dtype=logits.compute_dtype,
             workspace_mib=options.workspace_mib,
             approximate_mass=float(options.approximate_mass),
+            skip_ignored=not sweep.reads_ignored,
         )
         lse, picked, total, lse_rest = (emitter.proxy(emitter.call(operator.getitem, outputs, i)) for i in range(4))
     pairs = []
@@ -132,10 +156,13 @@ def _emit(sweep: Sweep, site: Site, emitter: Emitter, options: Options) -> list[
                 functools.partial(emitter.rows, reduction.logits.hidden),
                 emitter.proxy,
             )
-            dtype = tensor_of(node).dtype
-            value = reduction.build(results)
-            pairs.append((node, value.node if tensor_of(value.node).dtype == dtype else value.to(dtype).node))
+            pairs.append((node, _in_dtype_of(node, reduction.build(results))))
     return pairs
+
+
+def _in_dtype_of(node: Node, value: Proxy) -> Node:
+    dtype = tensor_of(node).dtype
+    return value.node if tensor_of(value.node).dtype == dtype else value.to(dtype).node
 
 
 def _flat_target(target: Node, emitter: Emitter) -> Node:

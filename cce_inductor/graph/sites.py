@@ -6,7 +6,7 @@ From each matmul the deferred logits are followed through the graph by the rules
 import heapq
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch.fx import Graph, Node
@@ -14,8 +14,8 @@ from torch.fx import Graph, Node
 from ..compat import size_hint, statically_equal
 from ..options import Options
 from ..report import Refusal
-from . import maps, matmuls, rows  # noqa: F401 (they register their rules)
-from .effects import first_write, grad_modes
+from . import maps, masks, matmuls, rows, stacks  # noqa: F401 (they register their rules)
+from .effects import first_write, grad_modes, shares_memory, written
 from .logits import DeferredLogits, Refused
 from .reductions import Reduction
 from .registry import apply, operation, tensor_of
@@ -38,7 +38,7 @@ class Site:
     def path(self, node: Node) -> set[Node]:
         """The nodes that the logits go through from the matmul to a node, without it."""
         deferred = set(self.chain) - {reduction.node for reduction in self.reductions}
-        path: set[Node] = set()
+        path = {other for other in deferred if written(other) and other < node}
         stack = [node]
         while stack:
             new = deferred.intersection(stack.pop().all_input_nodes) - path
@@ -51,11 +51,17 @@ def find_sites(graph: Graph) -> list[Site]:
     """All matmuls of a graph as sites, most of them without any reduction."""
     position = {node: i for i, node in enumerate(graph.nodes)}
     modes = grad_modes(graph)
-    starts = (matmuls.start(node, modes) for node in graph.nodes)
-    return [_follow(logits, position) for logits in starts if logits is not None]
+    sites: list[Site] = []
+    others: dict[Node, Any] = {}
+    for node in graph.nodes:
+        logits = matmuls.start(node, modes)
+        if logits is not None:
+            sites.append(_follow(logits, position, others))
+    return sites
 
 
-def _follow(logits: DeferredLogits, position: dict[Node, int]) -> Site:
+def _follow(logits: DeferredLogits, position: dict[Node, int], others: dict[Node, Any]) -> Site:
+    """others: the deferred values of the sites before, to which this one's are added."""
     site = Site(logits)
     values: dict[Node, Any] = {logits.matmul: logits}
     queue = [position[logits.matmul]]
@@ -64,23 +70,75 @@ def _follow(logits: DeferredLogits, position: dict[Node, int]) -> Site:
     while queue:
         node = nodes[heapq.heappop(queue)]
         if node.op == "output":
-            site.returned = {source: values[source] for source in node.all_input_nodes if source in values}
+            _note_returned(site, node, values)
             continue
         site.chain.append(node)
         if node is not logits.matmul:
             try:
-                values[node] = apply(node, values)
+                values[node] = value = apply(node, values, others)
+                _overwrite(node, value, values)
+                if isinstance(value, DeferredLogits) and value.products > site.logits.products:
+                    _absorb(site, node, value, others)
+                    site.chain.sort(key=position.__getitem__)
             except Refused as refused:
+                values.pop(node, None)
                 site.escapes[node] = str(refused)
                 continue
-            if isinstance(values[node], Reduction):
-                site.reductions.append(values.pop(node))
+            if value is None:
+                del values[node]
+                continue
+            if isinstance(value, Reduction):
+                site.reductions.append(value)
                 continue
         for user in node.users:
             if position[user] not in queued:
                 queued.add(position[user])
                 heapq.heappush(queue, position[user])
+    others.update(values)
     return site
+
+
+def _note_returned(site: Site, output: Node, values: dict[Node, Any]) -> None:
+    for source in output.all_input_nodes:
+        value = values.get(source)
+        if isinstance(value, DeferredLogits):
+            site.returned[source] = value
+        elif value is not None and not isinstance(value, Reduction):
+            site.escapes[source] = "it is returned, so the logits are needed in memory"
+
+
+def _overwrite(node: Node, value: Any, values: dict[Node, Any]) -> None:
+    """After an operation in place, its operand has the new value too; other views of the memory must not be read."""
+    for target in written(node):
+        old = values.get(target)
+        for other in list(values):
+            if values[other] is old:
+                values[other] = value
+            elif other is not node and shares_memory(other, target) and any(user > node for user in other.users):
+                raise Refused("the logits are written in place, and read through another view; write to one tensor")
+
+
+def _absorb(site: Site, node: Node, sum_of_products: DeferredLogits, others: dict[Node, Any]) -> None:
+    """Another product, to which a node adds the site's, becomes part of the site."""
+    found: set[Node] = set()
+    stack = [node]
+    while stack:
+        new = {source for source in stack.pop().all_input_nodes if source in others} - found
+        found |= new
+        stack += new
+    written_before = any(source in written(user) for source in found for user in source.users if user is not node)
+    read_later = any(
+        user > node
+        for target in written(node)
+        for source in others
+        if shares_memory(source, target)
+        for user in source.users
+    )
+    if written_before or read_later:
+        raise Refused("one of two products that are added is written in place besides; write after adding, to the sum")
+    site.chain += found - set(site.chain)
+    parts = {name: getattr(sum_of_products, name) for name in ("matmul", "width", "hidden")}
+    site.logits = replace(site.logits, **parts)
 
 
 def why_not(site: Site, transformed: set[Node], options: Options) -> Refusal | None:

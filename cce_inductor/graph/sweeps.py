@@ -5,17 +5,21 @@ from typing import Any
 
 from torch.fx import Node
 
-from .effects import grad_modes, never_written_after, written
+from .effects import first_write, grad_modes, never_written_after
 from .logits import DeferredLogits, Refused
 from .reductions import Reduction
 from .registry import operation
 from .sites import Site
 
 # Operations that prepare targets and may be moved before a reduction: no writes, no randomness.
-_MOVABLE = {
-    "getitem", "view", "reshape", "flatten", "contiguous", "to", "long", "clone", "pad", "squeeze", "unsqueeze", "roll",
-    "clamp", "clamp_min", "where", "masked_fill", "ne", "eq", "lt", "ge", "narrow", "transpose", "permute", "full_like",
-    "cat", "new_full", "chunk", "split", "detach",
+MOVABLE = {
+    "add", "any", "arange", "bitwise_and", "bitwise_not", "bitwise_or", "bool", "cat", "chunk", "clamp",
+    "clamp_max", "clamp_min", "clone", "contiguous", "cumsum", "detach", "eq", "expand", "flatten", "flip", "float",
+    "floordiv", "full", "full_like", "gather", "ge", "getitem", "gt", "index_select", "int", "invert", "le",
+    "logical_and", "logical_not", "logical_or", "long", "lt", "masked_fill", "movedim", "mul", "narrow", "ne", "neg",
+    "new_full", "new_ones", "new_zeros", "ones", "ones_like", "pad", "permute", "remainder", "repeat", "reshape",
+    "roll", "select", "shape", "size", "split", "squeeze", "stack", "sub", "sum", "t", "to", "transpose", "tril",
+    "triu", "type_as", "unbind", "unflatten", "unsqueeze", "view", "where", "xor", "zeros", "zeros_like",
 }  # fmt: skip
 
 
@@ -36,6 +40,10 @@ class Sweep:
     @property
     def want_total(self) -> bool:
         return any(reduction.want_total for reduction in self.reductions)
+
+    @property
+    def reads_ignored(self) -> bool:
+        return any(reduction.reads_ignored for reduction in self.reductions)
 
     def admits(self, other: Reduction, grad_enabled: bool) -> bool:
         """Whether the call can serve another reduction too."""
@@ -91,7 +99,8 @@ def _make_available(reduction: Reduction, sweep: Sweep) -> bool:
         return True
     nodes = list(anchor.graph.nodes)
     between = nodes[nodes.index(anchor) : nodes.index(late[-1])]
-    if any(operation(node) not in _MOVABLE for node in late) or any(map(written, between)):
+    reads = {source for node in late for source in (node, *node.all_input_nodes)}
+    if any(operation(node) not in MOVABLE for node in late) or first_write(between, reads) is not None:
         return False
     for node in late:
         anchor.prepend(node)

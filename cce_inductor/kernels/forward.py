@@ -5,8 +5,9 @@
     tile_total[j, n] = sum over v in tile j of total_weight[v] * x[n, v]
 
 The log-sum-exp over the whole vocabulary is the log-sum-exp of the tiles' (Wijmans et al., arXiv 2411.09009,
-computes it with locks instead). The kernel is persistent: as many programs as multiprocessors, each walking over
-many tiles. While a tile is reduced the tensor cores wait, so every instruction per logit counts there.
+computes it with locks instead). Rows left out of `hidden` cost nothing. The kernel is persistent: as many programs as
+multiprocessors, each walking over many tiles. While a tile is reduced the tensor cores wait, so every instruction per
+logit counts there.
 """
 
 import triton
@@ -22,6 +23,8 @@ def forward_kernel(
     weight,
     bias,
     total_weight,
+    row_of,  # [N]: which row of the results each row of `hidden` is, where SOME_ROWS
+    row_count,  # one number: how many rows of `hidden` there are, where SOME_ROWS
     tile_lse,  # [tiles, N]
     tile_total,  # [tiles, N]
     num_rows,
@@ -36,13 +39,17 @@ def forward_kernel(
     HAS_BIAS: tl.constexpr,
     WANT_TOTAL: tl.constexpr,
     HAS_TOTAL_WEIGHT: tl.constexpr,
+    SOME_ROWS: tl.constexpr,
     USE_TMA: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     NUM_PROGRAMS: tl.constexpr,
 ):
-    row_blocks = tl.cdiv(num_rows, BLOCK_N)
+    rows_here = num_rows
+    if SOME_ROWS:
+        rows_here = tl.load(row_count)
+    row_blocks = tl.cdiv(rows_here, BLOCK_N)
     column_blocks = tl.cdiv(num_columns, BLOCK_V)
     for tile in tl.range(tl.program_id(0), row_blocks * column_blocks, NUM_PROGRAMS):
         row_block, column_block = tile_position(tile, row_blocks, column_blocks)
@@ -50,9 +57,13 @@ def forward_kernel(
         column = column_block * BLOCK_V
         rows = row + tl.arange(0, BLOCK_N)
         columns = column + tl.arange(0, BLOCK_V)
-        row_mask = rows < num_rows
+        row_mask = rows < rows_here
         column_mask = columns < num_columns
-        results = (first_tile + column_block).to(tl.int64) * num_rows + rows
+        results = (first_tile + column_block).to(tl.int64) * num_rows
+        if SOME_ROWS:
+            results += tl.load(row_of + rows, mask=row_mask, other=0)
+        else:
+            results += rows
         z = preactivations(
             hidden, weight, bias, row, column, num_rows, num_columns, width,
             stride_hn, stride_hd, stride_wv, stride_wd, HAS_BIAS, USE_TMA, BLOCK_N, BLOCK_V, BLOCK_D,

@@ -37,3 +37,18 @@ def tanh(x):
     series = -0.05396825396825397 + s * 0.021869488536155203
     series = 1.0 + s * (-0.3333333333333333 + s * (0.13333333333333333 + s * series))
     return tl.where(tl.abs(x) < 0.25, x * series, far)
+
+
+@triton.jit
+def gt(a, b):
+    return a > b
+
+
+@triton.jit
+def ge(a, b):
+    return a >= b
+
+
+@triton.jit
+def where(condition, a, b):
+    return tl.where(condition, a, b)

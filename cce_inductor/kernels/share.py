@@ -1,29 +1,39 @@
-"""How the probability mass of a skipped block is spread over the columns of its tile, estimated from some rows:
+"""How the probability mass that rows skip is spread over the columns of a tile, estimated from some rows:
 
     share[v] = sum over n of s[n] * p[n, v] * f'(z[n, v])  /  sum over n and u in v's tile of s[n] * p[n, u]
+    skipped_weight[tile] = sum over v in the tile of share[v] * weight[v]
 
 With a scale s that is large where a row skips the tile, share is the mean of what is skipped. It sums to one over a
 tile (where f' is one). A token without probability anywhere gets none here, so its row of the weight is left in peace.
+The same pass over the weight finds its largest absolute value, which `kernels/sparse.py` needs.
 """
 
 import triton
 import triton.language as tl
 
 from .pointwise import exp
-from .tile import preactivations
+from .tile import load_block, preactivations
+
+EVERYWHERE = tl.constexpr(2.0**-10)  # how much a row counts for the share of a tile that it does not skip
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_columns", "num_tiles"])
+@triton.jit(do_not_specialize=["num_rows", "num_columns", "num_tiles", "all_rows", "row_step"])
 def share_kernel(
     hidden,  # TMA descriptor or pointer, [S, D], the sampled rows
     weight,  # TMA descriptor or pointer, [V, D]
     bias,  # [V]
-    lse,  # [S]
-    scale,  # [tiles, S]
+    lse,  # [N], like the next two from the first sampled row on
+    grad_lse,  # [N]
+    skipped_mass,  # [tiles, N]
+    skips,  # [tiles], bool: whether any row skips the tile
     share,  # [V]
+    skipped_weight,  # [tiles, D]
+    weight_peak,  # one int32, zero before: the bits of the largest |weight|, a float32
     num_rows,  # S
     num_columns,  # V
     num_tiles,
+    all_rows,  # N
+    row_step,  # from one sampled row to the next
     width,
     stride_hn,
     stride_hd,
@@ -37,13 +47,16 @@ def share_kernel(
     BLOCK_D: tl.constexpr,
     NUM_PROGRAMS: tl.constexpr,
 ):
+    # the bits of floats that are not negative, nan among them, are in order as integers
+    peak = tl.zeros((BLOCK_V,), dtype=tl.int32)
     for tile in tl.range(tl.program_id(0), num_tiles, NUM_PROGRAMS):
         column = tile * BLOCK_V
         columns = column + tl.arange(0, BLOCK_V)
         column_mask = columns < num_columns
         mass = tl.zeros((BLOCK_V,), dtype=tl.float32)
         force = tl.zeros((BLOCK_V,), dtype=tl.float32)
-        for row in range(0, num_rows, BLOCK_N):
+        sampled = tl.where(tl.load(skips + tile), num_rows, 0)
+        for row in range(0, sampled, BLOCK_N):
             rows = row + tl.arange(0, BLOCK_N)
             row_mask = rows < num_rows
             z = preactivations(
@@ -51,11 +64,28 @@ def share_kernel(
                 stride_hn, stride_hd, stride_wv, stride_wd, HAS_BIAS, USE_TMA, BLOCK_N, BLOCK_V, BLOCK_D,
             )  # fmt: skip
             x, slope = VALUE_AND_SLOPE(z)
-            row_lse = tl.load(lse + rows, mask=row_mask, other=float("inf"))
-            row_scale = tl.load(scale + (tile * num_rows + rows), mask=row_mask, other=0.0)
-            p = exp(x - row_lse[:, None]) * row_scale[:, None]
+            places = rows.to(tl.int64) * row_step
+            row_lse = tl.load(lse + places, mask=row_mask, other=float("inf"))
+            skipped = (
+                tl.load(skipped_mass + tl.cast(tile, tl.int64) * all_rows + places, mask=row_mask, other=0.0) != 0.0
+            )
+            scale = tl.abs(tl.load(grad_lse + places, mask=row_mask, other=0.0))
+            scale = scale * tl.where(skipped, 1.0 + EVERYWHERE, EVERYWHERE)
+            p = exp(x - row_lse[:, None]) * scale[:, None]
             p = tl.where(column_mask[None, :], p, 0.0)
             mass += tl.sum(p, 0)
             force += tl.sum(p * slope, 0)
         tile_mass = tl.sum(mass, 0)
-        tl.store(share + columns, tl.where(tile_mass > 0.0, force / tile_mass, 0.0), mask=column_mask)
+        spread = tl.where(tile_mass > 0.0, force / tile_mass, 0.0)
+        tl.store(share + columns, spread, mask=column_mask)
+        for depth in range(0, width, BLOCK_D):
+            if USE_TMA:
+                w = weight.load([column, depth])
+            else:
+                w = load_block(weight, column, depth, num_columns, width, stride_wv, stride_wd, BLOCK_V, BLOCK_D)
+            w = w.to(tl.float32)
+            depths = depth + tl.arange(0, BLOCK_D)
+            sums = tl.sum(w * spread[:, None], 0).to(skipped_weight.dtype.element_ty)
+            tl.store(skipped_weight + tl.cast(tile, tl.int64) * width + depths, sums, mask=depths < width)
+            peak = tl.maximum(peak, tl.max(tl.abs(w).to(tl.int32, bitcast=True), 1))
+    tl.atomic_max(weight_peak, tl.max(peak, 0), sem="relaxed")

@@ -1,36 +1,68 @@
-"""The backward over active blocks only. `ops/block_plan.py` says what the lists of blocks hold.
+"""The backward over the rows listed for each vocabulary tile. `kernels/lists.py` says what lists, slots, rounds are.
 
-    dz[n, v]       = (p[n, v] * grad_lse[n] + [v == target[n]] * grad_picked[n]) * f'(z[n, v])      in active blocks
+    dz[n, v]       = (p[n, v] * grad_lse[n] + [v == target[n]] * grad_picked[n]) * f'(z[n, v])      of listed rows
     grad_weight[v] = sum over n of dz[n, v] * hidden[n]  +  share[v] * skipped_hidden[tile of v]
     grad_hidden[n] = sum over v of dz[n, v] * weight[v] + sum over tiles: skipped_mass[tile, n] * skipped_weight[tile]
 
-In a skipped block only the probability mass of each row and tile is known. Its place within the tile is taken to be
-`share`, the same for all rows. One kernel computes dz of a round, a block a slot of the workspace; then one kernel for
-each gradient multiplies. Every output block is owned by one program, which adds in a fixed order.
+Where a row is not listed only its probability mass in the tile is known. Its place within the tile is taken to be
+`share`, the same for all rows. One kernel computes dz of a round, block by block, into the workspace; then one kernel
+for each gradient multiplies. A block of grad_weight is owned by one program, which adds in a fixed order. To
+grad_hidden many tiles add at once: in fixed point, where the order does not matter, two columns at a time.
 """
 
 import triton
 import triton.language as tl
 
 from .pointwise import exp
-from .tile import load_block, position_in_tile, preactivations
+from .tile import gather_rows, load_block, position_in_tile, tile_position
+
+FIXED_POINT_ONE = tl.constexpr(2.0**30)  # of int32; the sum of all |summands| of an element stays below it
+SMALLEST_UNIT = tl.constexpr(2.0**-120)  # of the fixed point, so that its reciprocal is a float32
+# Additions in memory are several times slower outside of the L2 cache, so a part of the columns is done at a time.
+DEPTHS_AT_ONCE = tl.constexpr(3)
 
 
-@triton.jit(do_not_specialize=["round_index", "row_blocks", "num_rows", "num_columns", "ignore_index"])
+@triton.jit
+def fixed_point_unit(grad_lse, grad_picked, lse, weight_peak, slope_bound):
+    """What one unit of a row of the fixed-point gradient is worth; nan in a row that is not a number.
+
+    |grad_hidden[n, d]| <= sum over v of |dz[n, v]| * |weight[v, d]| <= (|grad_lse| + |grad_picked|) * bound * peak.
+    """
+    peak = tl.load(weight_peak).to(tl.float32, bitcast=True)
+    largest = (tl.abs(grad_lse) + tl.abs(grad_picked)) * (slope_bound * peak)
+    unit = largest / FIXED_POINT_ONE
+    unit = tl.where(unit < SMALLEST_UNIT, SMALLEST_UNIT, unit)
+    return tl.where(lse == lse, unit, lse)
+
+
+@triton.jit
+def round_blocks(counts, tile_start, round_tiles, round_index, num_tiles, BLOCK_N: tl.constexpr):
+    """(first tile, tiles, slots of the dense rows, their blocks, first slot of the tiles' own lists, how many)."""
+    first_tile = tl.load(round_tiles + round_index)
+    last_tile = tl.load(round_tiles + round_index + 1)
+    dense_slots = tl.cdiv(tl.load(counts + num_tiles), BLOCK_N)
+    first_slot = tl.load(tile_start + first_tile)
+    tiles = last_tile - first_tile
+    return first_tile, tiles, dense_slots, tiles * dense_slots, first_slot, tl.load(tile_start + last_tile) - first_slot
+
+
+@triton.jit(do_not_specialize=["round_index", "num_tiles", "num_columns", "ignore_index"])
 def block_gradient_kernel(
-    hidden,  # TMA descriptor or pointer, [N, D]
+    hidden,  # pointer, [N, D]
     weight,  # TMA descriptor or pointer, [V, D]
     bias,  # [V]
     target,  # [N]
     lse,  # [N]
     grad_lse,  # [N]
     grad_picked,  # [N]
-    dz,  # TMA descriptor or pointer, [slots * BLOCK_N, BLOCK_V]
-    numbers,
-    round_places,
+    dz,  # TMA descriptor or pointer, [blocks of a round * BLOCK_N, BLOCK_V]
+    counts,
+    slot_rows,
+    slot_tile,
+    tile_start,
+    round_tiles,
     round_index,
-    row_blocks,
-    num_rows,
+    num_tiles,
     num_columns,
     width,
     ignore_index,
@@ -48,54 +80,70 @@ def block_gradient_kernel(
     BLOCK_D: tl.constexpr,
     NUM_PROGRAMS: tl.constexpr,
 ):
-    """dz of the active blocks of a round."""
-    first = tl.load(round_places + round_index)
-    count = tl.load(round_places + round_index + 1) - first
-    for slot in tl.range(tl.program_id(0), count, NUM_PROGRAMS):
-        number = tl.load(numbers + first + slot)
-        row = (number % row_blocks) * BLOCK_N
-        column = (number // row_blocks) * BLOCK_V
-        rows = row + tl.arange(0, BLOCK_N)
+    """dz of the blocks of a round."""
+    first_tile, tiles, dense_slots, dense_blocks, first_slot, own_slots = round_blocks(
+        counts, tile_start, round_tiles, round_index, num_tiles, BLOCK_N
+    )
+    for work in tl.range(tl.program_id(0), dense_blocks + own_slots, NUM_PROGRAMS):
+        if work < dense_blocks:
+            slot, tile_in_round = tile_position(work, dense_slots, tiles)
+            tile = first_tile + tile_in_round
+            block = tile_in_round * dense_slots + slot
+        else:
+            slot = first_slot + work - dense_blocks
+            tile = tl.load(slot_tile + slot)
+            block = work
+        column = tile * BLOCK_V
         columns = column + tl.arange(0, BLOCK_V)
-        row_mask = rows < num_rows
-        row_lse = tl.load(lse + rows, mask=row_mask, other=0.0)
-        row_grad = tl.load(grad_lse + rows, mask=row_mask, other=0.0)
-        z = preactivations(
-            hidden, weight, bias, row, column, num_rows, num_columns, width,
-            stride_hn, stride_hd, stride_wv, stride_wd, HAS_BIAS, USE_TMA, BLOCK_N, BLOCK_V, BLOCK_D,
-        )  # fmt: skip
+        column_mask = columns < num_columns
+        listed = tl.load(slot_rows + slot.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))
+        row_mask = listed >= 0
+        rows = tl.maximum(listed, 0)
+        row_lse = tl.load(lse + rows)
+        row_grad = tl.load(grad_lse + rows)
+        z = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
+        for step in range(tl.cdiv(width, BLOCK_D)):
+            depth = step * BLOCK_D
+            h = gather_rows(hidden, rows, depth, width, stride_hn, stride_hd, BLOCK_D)
+            if USE_TMA:
+                w = weight.load([column, depth])
+            else:
+                w = load_block(weight, column, depth, num_columns, width, stride_wv, stride_wd, BLOCK_V, BLOCK_D)
+            z = tl.dot(h, w.T, z, input_precision="ieee")
+        if HAS_BIAS:
+            z += tl.load(bias + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
         x, slope = VALUE_AND_SLOPE(z)
         dx = exp(x - row_lse[:, None]) * row_grad[:, None]
         if HAS_TARGET:
-            targets = tl.load(target + rows, mask=row_mask, other=-1)
+            targets = tl.load(target + rows)
             position, inside = position_in_tile(targets, column, ignore_index, HAS_IGNORE_INDEX, BLOCK_V)
-            target_grad = tl.load(grad_picked + rows, mask=row_mask & inside, other=0.0)
+            target_grad = tl.load(grad_picked + rows, mask=inside, other=0.0)
             hit = tl.arange(0, BLOCK_V)[None, :] == position[:, None]
             dx += tl.where(hit, target_grad[:, None], 0.0)
         # what lies outside of the logits must not add to the products
-        inside_logits = row_mask[:, None] & (columns < num_columns)[None, :]
-        gradient = tl.where(inside_logits, dx * slope, 0.0)
+        gradient = tl.where(row_mask[:, None] & column_mask[None, :], dx * slope, 0.0)
         if USE_TMA:
-            dz.store([slot * BLOCK_N, 0], gradient.to(dz.dtype))
+            dz.store([block * BLOCK_N, 0], gradient.to(dz.dtype))
         else:
-            slot_rows = (slot * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-            offsets = slot_rows[:, None] * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
+            block_rows = (block * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+            offsets = block_rows[:, None] * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
             tl.store(dz + offsets, gradient.to(dz.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["round_index", "row_blocks", "num_rows", "num_columns"])
+@triton.jit(do_not_specialize=["round_index", "num_tiles", "num_columns"])
 def weight_gradient_kernel(
-    hidden,  # TMA descriptor or pointer, [N, D]
-    dz,  # TMA descriptor or pointer, [slots * BLOCK_N, BLOCK_V]
+    hidden,  # pointer, [N, D]
+    dz,  # TMA descriptor or pointer, [blocks of a round * BLOCK_N, BLOCK_V]
     share,  # [V]
-    skipped_hidden,  # [tiles, D]: sum over n of skipped_mass[tile, n] * hidden[n]
+    skipped_hidden,  # [tiles, D], float32: sum over n of skipped_mass[tile, n] * hidden[n]
+    grad_peak,  # one number, by which skipped_mass is divided
     grad_weight,  # [V, D], contiguous
-    numbers,
+    counts,
+    slot_rows,  # with BLOCK_N more at the end
     tile_start,
     round_tiles,
     round_index,
-    row_blocks,
-    num_rows,
+    num_tiles,
     num_columns,
     width,
     stride_hn,
@@ -107,37 +155,43 @@ def weight_gradient_kernel(
     STEP: tl.constexpr,  # rows of one step of the inner product, a divisor of BLOCK_N
     NUM_PROGRAMS: tl.constexpr,
 ):
-    """A program completes a block [BLOCK_V, BLOCK_D] of grad_weight: the sum over the active row blocks of its tile."""
+    """A program completes a block [BLOCK_V, BLOCK_D] of grad_weight: the sum over the blocks of its tile."""
     STEPS: tl.constexpr = BLOCK_N // STEP
-    first_tile = tl.load(round_tiles + round_index)
-    num_tiles = tl.load(round_tiles + round_index + 1) - first_tile
-    first_place = tl.load(tile_start + first_tile)
+    first_tile, tiles, dense_slots, dense_blocks, first_slot, _ = round_blocks(
+        counts, tile_start, round_tiles, round_index, num_tiles, BLOCK_N
+    )
     depth_blocks = tl.cdiv(width, BLOCK_D)
-    for work in tl.range(tl.program_id(0), num_tiles * depth_blocks, NUM_PROGRAMS):
-        tile = first_tile + work // depth_blocks
+    dense_steps = dense_slots * STEPS
+    peak = tl.load(grad_peak)
+    for work in tl.range(tl.program_id(0), tiles * depth_blocks, NUM_PROGRAMS):
+        tile_in_round = work // depth_blocks
+        tile = first_tile + tile_in_round
         depth = (work % depth_blocks) * BLOCK_D
-        place = tl.load(tile_start + tile)
-        count = tl.load(tile_start + tile + 1) - place
+        slot = tl.load(tile_start + tile)
+        steps = dense_steps + (tl.load(tile_start + tile + 1) - slot) * STEPS
         total = tl.zeros((BLOCK_V, BLOCK_D), dtype=tl.float32)
-        # the next block is looked up a step ahead: loads that wait for an index can't be pipelined
-        number = tl.load(numbers + place)
-        for step in range(count * STEPS):
-            row = (number % row_blocks) * BLOCK_N + (step % STEPS) * STEP
-            slot_row = (place - first_place) * BLOCK_N + step * STEP
-            number = tl.load(numbers + place + (step + 1) // STEPS)
+        # where step 0 would be, had the dense rows no list and no blocks of their own
+        own_rows = slot_rows + (slot.to(tl.int64) * STEPS - dense_steps) * STEP + tl.arange(0, STEP)
+        own_block = dense_blocks + slot - first_slot - dense_slots
+        # the next rows are looked up a step ahead: loads that wait for an index can't be pipelined
+        rows = tl.load(tl.where(dense_steps > 0, slot_rows + tl.arange(0, STEP), own_rows))
+        for step in range(steps):
+            h = gather_rows(hidden, tl.maximum(rows, 0), depth, width, stride_hn, stride_hd, BLOCK_D)
+            is_dense = step < dense_steps
+            block_row = tl.where(is_dense, tile_in_round * dense_slots, own_block) * BLOCK_N + step * STEP
+            dense_rows = slot_rows + (step + 1) * STEP + tl.arange(0, STEP)
+            rows = tl.load(tl.where(step + 1 < dense_steps, dense_rows, own_rows + (step + 1) * STEP))
             if USE_TMA:
-                g = dz.load([slot_row, 0])
-                h = hidden.load([row, depth])
+                g = dz.load([block_row, 0])
             else:
-                g = load_block(dz, slot_row, 0, slot_row + STEP, BLOCK_V, BLOCK_V, 1, STEP, BLOCK_V)
-                h = load_block(hidden, row, depth, num_rows, width, stride_hn, stride_hd, STEP, BLOCK_D)
+                g = load_block(dz, block_row, 0, block_row + STEP, BLOCK_V, BLOCK_V, 1, STEP, BLOCK_V)
             total = tl.dot(g.T, h, total, input_precision="ieee")
         columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
         depths = depth + tl.arange(0, BLOCK_D)
         column_mask, depth_mask = columns < num_columns, depths < width
-        spread = tl.load(share + columns, mask=column_mask, other=0.0)
+        spread = tl.load(share + columns, mask=column_mask, other=0.0) * peak
         skipped = tl.load(skipped_hidden + tile.to(tl.int64) * width + depths, mask=depth_mask, other=0.0)
-        total += spread[:, None] * skipped.to(tl.float32)[None, :]
+        total += spread[:, None] * skipped[None, :]
         offsets = columns[:, None].to(tl.int64) * width + depths[None, :]
         tl.store(
             grad_weight + offsets,
@@ -146,20 +200,25 @@ def weight_gradient_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["round_index", "row_blocks", "num_rows", "num_columns"])
+@triton.jit(do_not_specialize=["round_index", "num_tiles", "num_columns"])
 def hidden_gradient_kernel(
     weight,  # TMA descriptor or pointer, [V, D]
-    dz,  # TMA descriptor or pointer, [slots * BLOCK_N, BLOCK_V]
-    grad_hidden,  # [N, D], float32, contiguous, added to
-    row_tiles,
-    row_places,
-    row_start,
-    round_places,
+    dz,  # TMA descriptor or pointer, [blocks of a round * BLOCK_N, BLOCK_V]
+    lse,  # [N]
+    grad_lse,  # [N]
+    grad_picked,  # [N]
+    weight_peak,
+    fixed,  # [N, ceil(D / 2)], int64, contiguous: added to, column 2i + 1 in the upper and 2i in the lower half
+    counts,
+    slot_rows,
+    slot_tile,
+    tile_start,
+    round_tiles,
     round_index,
-    row_blocks,
-    num_rows,
+    num_tiles,
     num_columns,
     width,
+    slope_bound,
     stride_wv,
     stride_wd,
     USE_TMA: tl.constexpr,
@@ -169,34 +228,85 @@ def hidden_gradient_kernel(
     STEP: tl.constexpr,  # columns of one step of the inner product, a divisor of BLOCK_V
     NUM_PROGRAMS: tl.constexpr,
 ):
-    """A program owns a block [BLOCK_N, BLOCK_D] of grad_hidden and adds the active tiles of a round to it."""
+    """A program multiplies a chain of blocks with the same rows, then adds once to the gradient of these rows.
+
+    The blocks of a slot of dense rows form one chain; they come first, for they are long. Every other block is a chain.
+    """
     STEPS: tl.constexpr = BLOCK_V // STEP
-    first_place = tl.load(round_places + round_index)
+    first_tile, tiles, dense_slots, dense_blocks, first_slot, own_slots = round_blocks(
+        counts, tile_start, round_tiles, round_index, num_tiles, BLOCK_N
+    )
     depth_blocks = tl.cdiv(width, BLOCK_D)
-    for work in tl.range(tl.program_id(0), row_blocks * depth_blocks, NUM_PROGRAMS):
-        row_block = work // depth_blocks  # the fullest row blocks come first
-        depth = (work % depth_blocks) * BLOCK_D
-        start = tl.load(row_start + round_index * row_blocks + row_block)
-        count = tl.load(row_start + (round_index + 1) * row_blocks + row_block) - start
-        if count > 0:
-            total = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-            tile = tl.load(row_tiles + start)
-            place = tl.load(row_places + start)
-            for step in range(count * STEPS):
-                inner = (step % STEPS) * STEP
-                slot_row = (place - first_place) * BLOCK_N
-                column = tile * BLOCK_V + inner
-                tile = tl.load(row_tiles + start + (step + 1) // STEPS)
-                place = tl.load(row_places + start + (step + 1) // STEPS)
-                if USE_TMA:
-                    g = dz.load([slot_row, inner])
-                    w = weight.load([column, depth])
-                else:
-                    g = load_block(dz, slot_row, inner, slot_row + BLOCK_N, BLOCK_V, BLOCK_V, 1, BLOCK_N, STEP)
-                    w = load_block(weight, column, depth, num_columns, width, stride_wv, stride_wd, STEP, BLOCK_D)
-                total = tl.dot(g, w, total, input_precision="ieee")
-            rows = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
-            depths = depth + tl.arange(0, BLOCK_D)
-            offsets = rows[:, None].to(tl.int64) * width + depths[None, :]
-            mask = (rows < num_rows)[:, None] & (depths < width)[None, :]
-            tl.store(grad_hidden + offsets, tl.load(grad_hidden + offsets, mask=mask, other=0.0) + total, mask=mask)
+    dense_work = tl.where(tiles > 0, dense_slots * depth_blocks, 0)
+    for work in tl.range(tl.program_id(0), dense_work + own_slots * depth_blocks, NUM_PROGRAMS):
+        if work < dense_work:
+            slot = work // depth_blocks
+            depth = (work % depth_blocks) * BLOCK_D
+            block, blocks, apart = slot, tiles, dense_slots
+            tile = first_tile
+        else:
+            group = (work - dense_work) // (own_slots * DEPTHS_AT_ONCE)
+            within = (work - dense_work) % (own_slots * DEPTHS_AT_ONCE)
+            depths_here = tl.minimum(depth_blocks - group * DEPTHS_AT_ONCE, DEPTHS_AT_ONCE)
+            depth = (group * DEPTHS_AT_ONCE + within % depths_here) * BLOCK_D
+            slot = first_slot + within // depths_here
+            block, blocks, apart = dense_blocks + slot - first_slot, 1, 0
+            tile = tl.load(slot_tile + slot)
+        total = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+        for step in range(blocks * STEPS):
+            inner = (step % STEPS) * STEP
+            block_row = (block + (step // STEPS) * apart) * BLOCK_N
+            column = (tile + step // STEPS) * BLOCK_V + inner
+            if USE_TMA:
+                g = dz.load([block_row, inner])
+                w = weight.load([column, depth])
+            else:
+                g = load_block(dz, block_row, inner, block_row + BLOCK_N, BLOCK_V, BLOCK_V, 1, BLOCK_N, STEP)
+                w = load_block(weight, column, depth, num_columns, width, stride_wv, stride_wd, STEP, BLOCK_D)
+            total = tl.dot(g, w, total, input_precision="ieee")
+        listed = tl.load(slot_rows + slot.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))
+        row_mask = listed >= 0
+        rows = tl.maximum(listed, 0)
+        unit = fixed_point_unit(
+            tl.load(grad_lse + rows), tl.load(grad_picked + rows), tl.load(lse + rows), weight_peak, slope_bound
+        )
+        summand = tl.floor(total * (1.0 / unit)[:, None] + 0.5).to(tl.int32)
+        even, odd = tl.split(tl.reshape(summand, (BLOCK_N, BLOCK_D // 2, 2)))
+        both = (odd.to(tl.int64) << 32) + even.to(tl.int64)
+        pairs = depth // 2 + tl.arange(0, BLOCK_D // 2)
+        row_pairs = tl.cdiv(width, 2)
+        offsets = rows[:, None].to(tl.int64) * row_pairs + pairs[None, :]
+        tl.atomic_add(fixed + offsets, both, mask=row_mask[:, None] & (pairs < row_pairs)[None, :], sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def complete_hidden_kernel(
+    fixed,  # [N, ceil(D / 2)], int64
+    skipped,  # [N, D]: sum over tiles of skipped_mass[tile, n] * skipped_weight[tile]
+    lse,  # [N]
+    grad_lse,  # [N]
+    grad_picked,  # [N]
+    weight_peak,
+    grad_peak,  # one number, by which skipped_mass is divided
+    grad_hidden,  # [N, D], contiguous
+    num_rows,
+    width,
+    slope_bound,
+    BLOCK_D: tl.constexpr,
+):
+    """A row of grad_hidden from both of its parts."""
+    row = tl.program_id(0)
+    unit = fixed_point_unit(
+        tl.load(grad_lse + row), tl.load(grad_picked + row), tl.load(lse + row), weight_peak, slope_bound
+    )
+    peak = tl.load(grad_peak)
+    for depth in range(0, width, BLOCK_D):
+        depths = depth + tl.arange(0, BLOCK_D)
+        mask = depths < width
+        offsets = row.to(tl.int64) * width + depths
+        both = tl.load(fixed + row.to(tl.int64) * tl.cdiv(width, 2) + depths // 2, mask=mask, other=0)
+        even = both.to(tl.int32)  # the sum of the even columns may have borrowed from the upper half
+        odd = ((both - even.to(tl.int64)) >> 32).to(tl.int32)
+        computed = tl.where(depths % 2 == 0, even, odd).to(tl.float32) * unit
+        put_back = tl.load(skipped + offsets, mask=mask, other=0.0).to(tl.float32) * peak
+        tl.store(grad_hidden + offsets, (computed + put_back).to(grad_hidden.dtype.element_ty), mask=mask)

@@ -8,6 +8,7 @@ A kernel takes the two functions as compile-time arguments, so one kernel serves
 import functools
 import hashlib
 import importlib.machinery
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -63,7 +64,8 @@ def _triton(expr: sympy.Expr) -> str:
     if expr.is_Symbol:
         return str(expr)
     if expr.is_number:
-        return repr(float(expr))
+        number = float(expr)
+        return repr(number) if math.isfinite(number) else f'float("{number}")'
     args = [_triton(arg) for arg in expr.args]
     if expr.is_Add:
         return f"({' + '.join(args)})"
@@ -71,7 +73,7 @@ def _triton(expr: sympy.Expr) -> str:
         return f"({' * '.join(args)})"
     if expr.is_Pow:
         return _power(args[0], expr.args[1])
-    return f"{type(expr).__name__}({args[0]})"
+    return f"{type(expr).__name__}({', '.join(args)})"
 
 
 def _power(base: str, exponent: sympy.Expr) -> str:

@@ -44,6 +44,14 @@ def load_block(pointer, row, depth, num_rows, num_depth, stride_row, stride_dept
 
 
 @triton.jit
+def gather_rows(pointer, rows, depth, num_depth, stride_row, stride_depth, K: tl.constexpr):
+    """K columns, from `depth` on, of the given rows, which must exist; zero outside the columns of the array."""
+    depths = depth + tl.arange(0, K)
+    offsets = rows[:, None].to(tl.int64) * stride_row + depths[None, :] * stride_depth
+    return tl.load(pointer + offsets, mask=(depths < num_depth)[None, :], other=0.0)
+
+
+@triton.jit
 def preactivations(
     hidden,  # TMA descriptor or pointer, [N, D]
     weight,  # TMA descriptor or pointer, [V, D]

@@ -10,6 +10,7 @@ grows with their number, and blocks are visited in a fixed order, so the bits ar
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,46 +24,79 @@ Fill = Callable[[slice, slice, Tensor, Tensor, Tensor | None], None]
 and adds its sum over rows, taken before dz is rounded, to grad_bias [columns] unless that is None."""
 
 
+@dataclass
+class Gradients:
+    """The sums of hidden's, weight's and bias's gradient; empty where no gradient is needed."""
+
+    hidden: Tensor  # [N, D], in the dtype of sums
+    weight: Tensor  # [V, D], in its own dtype
+    bias: Tensor  # [V], in the dtype of sums
+
+    @classmethod
+    def allocate(cls, problem: Problem, needs_grad: list[bool]) -> "Gradients":
+        """Room for the sums, not yet written to but for the bias."""
+        needs_hidden, needs_weight, needs_bias = needs_grad
+        hidden, weight = problem.hidden, problem.weight
+        # with no row or no column nothing is ever written
+        allocate = hidden.new_empty if min(hidden.shape[0], problem.vocab_size) > 0 else hidden.new_zeros
+        return cls(
+            hidden=allocate(hidden.shape if needs_hidden else 0, dtype=problem.accumulate_dtype),
+            weight=allocate(weight.shape if needs_weight else 0, dtype=weight.dtype),
+            bias=problem.zeros(problem.vocab_size if needs_bias else 0),
+        )
+
+    def results(self, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+        """Each in its input's dtype."""
+        bias_dtype = problem.hidden_dtype if problem.bias is None else problem.bias.dtype
+        return self.hidden.to(problem.hidden_dtype), self.weight, self.bias.to(bias_dtype)
+
+
 def exact_backward(
     problem: Problem, needs_grad: list[bool], block_rows: int, block_columns: int, fill: Fill
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(grad_hidden, grad_weight, grad_bias), each in its input's dtype; empty where not needed."""
-    needs_hidden, needs_weight, needs_bias = needs_grad
-    hidden, vocab_size = problem.hidden, problem.vocab_size
-    sums = problem.accumulate_dtype
-    # with no row or no column nothing is ever written
-    allocate = hidden.new_empty if min(hidden.shape[0], vocab_size) > 0 else hidden.new_zeros
-    grad_hidden = allocate(hidden.shape if needs_hidden else 0, dtype=sums)
-    grad_weight = allocate(problem.weight.shape if needs_weight else 0, dtype=problem.weight.dtype)
-    grad_bias = problem.zeros(vocab_size if needs_bias else 0)
-    workspace = hidden.new_empty(block_rows, block_columns)
-    row_blocks = list(spans(problem.num_rows, block_rows))
-    # one product completes a slice of the weight's gradient: it goes to its place without a sum in between
-    direct = len(row_blocks) == 1 and grad_weight.dtype in (hidden.dtype, sums)
+    gradients = Gradients.allocate(problem, needs_grad)
+    add_rows(problem, gradients, slice(0, problem.num_rows), block_rows, block_columns, fill)
+    return gradients.results(problem)
 
-    for columns in spans(vocab_size, block_columns):
+
+def add_rows(
+    problem: Problem, gradients: Gradients, group: slice, block_rows: int, block_columns: int, fill: Fill
+) -> None:
+    """Adds what a group of rows gives; the first group begins the sums.
+
+    All rows in one group, or groups of one block of rows each and a weight in the dtype of sums.
+    """
+    hidden, sums = problem.hidden, problem.accumulate_dtype
+    needs_hidden, needs_weight, needs_bias = (
+        g.numel() > 0 for g in (gradients.hidden, gradients.weight, gradients.bias)
+    )
+    workspace = hidden.new_empty(block_rows, block_columns)
+    row_blocks = list(spans(group.stop, block_rows, group.start))
+    # one product completes a slice of the weight's gradient: it goes to its place without a sum in between
+    direct = len(row_blocks) == 1 and gradients.weight.dtype in (hidden.dtype, sums)
+
+    for columns in spans(problem.vocab_size, block_columns):
         weight = problem.weight_rows(columns)
         width = weight.shape[0]
         aligned = width if hidden.itemsize > 2 else width // ALIGNMENT * ALIGNMENT
         spare = -width % ALIGNMENT if aligned < width else 0
         padded = torch.nn.functional.pad(weight, (0, 0, 0, spare)) if spare else weight  # zero rows change no product
         if needs_weight:
-            slice_grad = grad_weight[columns] if direct else hidden.new_empty(weight.shape, dtype=sums)
+            slice_grad = gradients.weight[columns] if direct else hidden.new_empty(weight.shape, dtype=sums)
         for rows in row_blocks:
             block = workspace[: rows.stop - rows.start, : width + spare]
             dz = block[:, :width]
             if spare:
                 block[:, width:] = 0
-            fill(rows, columns, weight, dz, grad_bias[columns] if needs_bias else None)
+            fill(rows, columns, weight, dz, gradients.bias[columns] if needs_bias else None)
             if needs_hidden:
-                add_matmul(grad_hidden[rows], block, padded, first=columns.start == 0)
+                add_matmul(gradients.hidden[rows], block, padded, first=columns.start == 0)
             if needs_weight:
                 for part in (slice(0, aligned), slice(aligned, width)):
                     add_matmul(slice_grad[part], dz.T[part], hidden[rows], first=rows.start == 0)
         if needs_weight and row_blocks and not direct:
-            grad_weight[columns] = slice_grad
-    bias_dtype = problem.hidden_dtype if problem.bias is None else problem.bias.dtype
-    return grad_hidden.to(problem.hidden_dtype), grad_weight, grad_bias.to(bias_dtype)
+            gradients.weight[columns] = slice_grad
 
 
 def add_matmul(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:

@@ -6,7 +6,8 @@ It serves the CPU, and on a GPU the dtypes that the Triton kernels don't cover (
 import torch
 from torch import Tensor
 
-from .blocks import ALIGNMENT, exact_backward
+from .blocks import ALIGNMENT, Fill, exact_backward
+from .kept import KeptLogits
 from .problem import MIB, Problem, spans
 
 BLOCK_ROWS = 1024
@@ -14,26 +15,35 @@ BLOCK_BYTES = 4 * MIB  # of one block of logits in float32: stays in a last-leve
 GPU_BLOCK_ROWS = 4096  # there the workspace bounds a block, and matmuls want more of everything
 
 
-def _block_shape(problem: Problem) -> tuple[int, int]:
+def block_shape(problem: Problem, most_rows: int | None = None) -> tuple[int, int]:
     """(rows, columns) of a block: many rows, so that each slice of the weight is read a few times only."""
     if problem.hidden.is_cuda:
         rows, size = GPU_BLOCK_ROWS, problem.workspace_bytes
     else:
         rows, size = BLOCK_ROWS, min(BLOCK_BYTES, problem.workspace_bytes)
-    rows = max(1, min(problem.num_rows, rows))
+    rows = max(1, min(problem.num_rows if most_rows is None else most_rows, rows))
     columns = size // problem.accumulate_dtype.itemsize // rows
     return rows, min(max(1, columns // ALIGNMENT) * ALIGNMENT, -(-problem.vocab_size // ALIGNMENT) * ALIGNMENT)
 
 
-def _preactivations(problem: Problem, hidden: Tensor, weight: Tensor, columns: slice) -> Tensor:
-    """z = hidden @ weight.T + bias of one block, in the dtype of the sums."""
-    z = (hidden @ weight.T).to(problem.accumulate_dtype)
+def _preactivations(
+    problem: Problem, rows: slice, columns: slice, weight: Tensor, kept: Tensor | None, again: bool
+) -> Tensor:
+    """z = hidden @ weight.T + bias of one block, in the dtype of the sums.
+
+    kept: where the product goes the first time and is found again; it must not be written to.
+    """
+    if kept is None:
+        product = problem.hidden[rows] @ weight.T
+    else:
+        product = kept if again else torch.mm(problem.hidden[rows], weight.T, out=kept)
+    z = product.to(problem.accumulate_dtype)
     if problem.bias is not None:
-        z += problem.bias[columns]
+        z = z + problem.bias[columns] if z is kept else z.add_(problem.bias[columns])
     return z
 
 
-def _check_targets(problem: Problem) -> None:
+def check_targets(problem: Problem) -> None:
     """Raises eager's error for a target outside the vocabulary: cross_entropy's, or gather's without ignore_index."""
     if problem.target is None:
         return
@@ -58,33 +68,43 @@ def _target_columns(problem: Problem, rows: slice, columns: slice) -> tuple[Tens
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """lse, picked, total and lse_rest, each [N], reduced from those of the vocabulary slices; an empty tile_lse."""
+    """lse, picked, total and lse_rest, each [N]; an empty tile_lse."""
     if not problem.hidden.is_cuda:
-        _check_targets(problem)
-    block_rows, block_columns = _block_shape(problem)
+        check_targets(problem)
+    results = reduce_rows(problem, slice(0, problem.num_rows), *block_shape(problem), KeptLogits())
+    return *results, problem.tile_lse(0)
+
+
+def reduce_rows(
+    problem: Problem, group: slice, block_rows: int, block_columns: int, kept: KeptLogits
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """lse, picked, total and lse_rest of a group of rows, reduced from those of the vocabulary slices."""
     slices = list(spans(problem.vocab_size, block_columns))
-    picked = problem.zeros(problem.num_rows)
-    slice_peak, slice_sum, slice_total = (problem.zeros(len(slices), problem.num_rows) for _ in range(3))
+    row_count = group.stop - group.start
+    picked = problem.zeros(row_count)
+    slice_peak, slice_sum, slice_total = (problem.zeros(len(slices), row_count) for _ in range(3))
     for number, columns in enumerate(slices):
         weight = problem.weight_rows(columns)
-        for rows in spans(problem.num_rows, block_rows):
-            x = problem.logit_map(_preactivations(problem, problem.hidden[rows], weight, columns))
+        for rows in spans(group.stop, block_rows, group.start):
+            here = slice(rows.start - group.start, rows.stop - group.start)
+            place = kept.block(rows, columns)
+            x = problem.logit_map(_preactivations(problem, rows, columns, weight, place, again=False))
             if problem.target is not None:
                 index, inside = _target_columns(problem, rows, columns)
-                picked[rows] += torch.where(inside, x.gather(1, index), 0.0).squeeze(1)
+                picked[here] += torch.where(inside, x.gather(1, index), 0.0).squeeze(1)
             if problem.want_total:
-                slice_total[number, rows] = _weighted_sum(problem, x, columns)
-            slice_peak[number, rows], slice_sum[number, rows] = _sum_exp_(x)
+                slice_total[number, here] = _weighted_sum(problem, x, columns)
+            slice_peak[number, here], slice_sum[number, here] = _sum_exp(x, None if x is place else x)
     lse, lse_rest = _log_sum(slice_peak, slice_sum)
-    return lse, picked, slice_total.sum(0), lse_rest, problem.tile_lse(0)
+    return lse, picked, slice_total.sum(0), lse_rest
 
 
-def _sum_exp_(x: Tensor) -> tuple[Tensor, Tensor]:
+def _sum_exp(x: Tensor, scratch: Tensor | None) -> tuple[Tensor, Tensor]:
     """(shift, sum over columns of exp(x - shift)), the shift the largest x or 0; the sum is nan where x has a nan or
-    +inf. Overwrites x."""
+    +inf. The scratch, where there is one, is overwritten; it may be x itself."""
     peak = x.amax(1, keepdim=True)
     shift = peak.masked_fill(peak == -torch.inf, 0.0)
-    return shift.squeeze(1), x.sub_(shift).exp_().sum(1)
+    return shift.squeeze(1), torch.sub(x, shift, out=scratch).exp_().sum(1)
 
 
 def _log_sum(peaks: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,12 +131,19 @@ def backward(
     problem: Problem, lse: Tensor, tile_lse: Tensor, grads: list[Tensor], needs_grad: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias for the gradients [lse, picked, total] of the results; always exact."""
+    return exact_backward(problem, needs_grad, *block_shape(problem), gradient_of(problem, lse, grads, KeptLogits()))
+
+
+def gradient_of(problem: Problem, lse: Tensor, grads: list[Tensor], kept: KeptLogits) -> Fill:
+    """Computes blocks of dz for the gradients of lse, picked and total, each [N]: from kept logits, or anew."""
     grad_lse, grad_picked, grad_total = (g.unsqueeze(1) for g in grads)
 
     def fill(rows: slice, columns: slice, weight: Tensor, dz: Tensor, grad_bias: Tensor | None) -> None:
-        z = _preactivations(problem, problem.hidden[rows], weight, columns)
+        z = _preactivations(problem, rows, columns, weight, kept.block(rows, columns), again=True)
         x, slope = problem.logit_map.value_and_derivative(z)
-        dx = torch.sub(x, lse[rows].unsqueeze(1)).exp_().mul_(grad_lse[rows])
+        spare = None if slope is not None else x  # of another dtype than dz, x is a copy; it and the slope may be one
+        place = dz if dz.dtype == x.dtype else spare
+        dx = torch.sub(x, lse[rows].unsqueeze(1), out=place).exp_().mul_(grad_lse[rows])
         if problem.target is not None:
             index, inside = _target_columns(problem, rows, columns)
             dx.scatter_add_(1, index, torch.where(inside, grad_picked[rows], 0.0))
@@ -127,6 +154,7 @@ def backward(
             dx *= slope
         if grad_bias is not None:
             grad_bias += dx.sum(0)
-        dz.copy_(dx)
+        if dx is not dz:
+            dz.copy_(dx)
 
-    return exact_backward(problem, needs_grad, *_block_shape(problem), fill)
+    return fill

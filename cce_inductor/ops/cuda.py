@@ -1,5 +1,6 @@
 """The operators on a GPU: Triton kernels for the logits, cuBLAS for the plain matmuls of the backward."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ..kernels.backward import gradient_kernel
 from ..kernels.config import tile_config
 from ..kernels.forward import forward_kernel
 from ..kernels.picked import picked_kernel
+from ..kernels.targets import targets_kernel
 from . import cpu, sparse
 from .blocks import ALIGNMENT, exact_backward
 from .launch import can_use_tma, describable, device_properties, interpretable
@@ -49,9 +51,10 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     device, dtype = problem.hidden.device, problem.compute_dtype
     kept = kept_tiles(device, problem.vocab_size, dtype, problem.want_total, problem.approximate_mass)
     if not supported(problem):
-        _assert_targets(problem)
+        assert_targets(problem)
         return *cpu.forward(problem)[:4], problem.tile_lse(kept)
-    launch = Launch(problem, backward=False)
+    rows = _Rows.of(problem)
+    launch = Launch(problem, backward=False, hidden=rows.hidden)
     tiles = -(-problem.vocab_size // launch.config.block_v)
     tile_lse = problem.tile_lse(tiles)
     tile_total = torch.empty_like(tile_lse) if problem.want_total else None
@@ -61,6 +64,9 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
             slice(0, problem.num_rows),
             columns,
             problem.weight_rows(columns),
+            row_of=rows.row_of,
+            row_count=rows.count,
+            SOME_ROWS=rows.row_of is not None,
             tile_lse=tile_lse,
             tile_total=tile_total,
             first_tile=columns.start // launch.config.block_v,
@@ -68,14 +74,56 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         )
     lse = torch.logsumexp(tile_lse, 0)
     total = torch.zeros_like(lse) if tile_total is None else tile_total.sum(0)
+    counts = problem.counts
+    if counts is not None:  # what the kernel left out was never written
+        lse = torch.where(counts, lse, float("inf"))
+        total = torch.where(counts, total, 0.0) if problem.want_total else total
     return lse, _picked(problem, lse), total, torch.zeros_like(lse), tile_lse if kept else problem.tile_lse(0)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows that the forward computes."""
+
+    hidden: Tensor  # [N, D], of which the first `count` rows are computed
+    row_of: Tensor | None  # [N], int32: their places in the results; None if all are computed, in order
+    count: Tensor | None  # [], int32
+
+    @classmethod
+    def of(cls, problem: Problem) -> "_Rows":
+        """Asserts, on the device and without a synchronisation, that the targets are right, as eager's kernels do."""
+        if problem.target is None:
+            return cls(problem.hidden, None, None)
+        some = problem.leaves_out
+        good = torch.empty((), dtype=torch.bool, device=problem.target.device)
+        # where fewer rows count than there are, the places that are left point to some row
+        row_of = torch.zeros_like(problem.target, dtype=torch.int32) if some else None
+        count = torch.empty((), dtype=torch.int32, device=problem.target.device) if some else None
+        targets_kernel[(1,)](
+            target=problem.target,
+            good=good,
+            row_of=row_of,
+            row_count=count,
+            num_rows=problem.num_rows,
+            num_columns=problem.vocab_size,
+            ignore_index=problem.ignore_index or 0,
+            HAS_IGNORE_INDEX=problem.ignore_index is not None,
+            SOME_ROWS=some,
+            ROWS=1024,
+        )
+        torch._assert_async(good, "cce_inductor: a target lies outside [0, vocabulary size) and is not ignore_index")
+        return cls(problem.hidden if row_of is None else problem.hidden[row_of], row_of, count)
+
+
+def assert_targets(problem: Problem) -> None:
+    """A device-side assertion. On the CPU it raises at once."""
+    _Rows.of(problem)
 
 
 def _picked(problem: Problem, lse: Tensor) -> Tensor:
     """The logits of the targets [N], or zeros without targets."""
     if problem.target is None:
         return torch.zeros_like(lse)
-    _assert_targets(problem)
     picked = torch.empty_like(lse)
     picked_kernel[(problem.num_rows,)](
         hidden=problem.hidden,
@@ -106,7 +154,7 @@ def backward(
         return cpu.backward(problem, lse, tile_lse, grads, needs_grad)
     if len(tile_lse) > 0 and sparse.worthwhile(problem, needs_grad):
         return sparse.backward(problem, lse, tile_lse, grads, needs_grad)
-    launch = Launch(problem, backward=True)
+    launch = Launch(problem, backward=True, hidden=problem.hidden)
     value_and_slope = template.load(problem.logit_map).value_and_slope
 
     def fill(rows: slice, columns: slice, weight: Tensor, dz: Tensor, grad_bias: Tensor | None) -> None:
@@ -155,25 +203,14 @@ def _block_shape(problem: Problem) -> tuple[int, int]:
     return rows, min(columns, -(-problem.vocab_size // ALIGNMENT) * ALIGNMENT)
 
 
-def _assert_targets(problem: Problem) -> None:
-    """A device-side assertion, as eager's kernels have it: no synchronisation. On the CPU it raises at once."""
-    if problem.target is not None:
-        good = (problem.target >= 0) & (problem.target < problem.vocab_size)
-        if problem.ignore_index is not None:
-            good |= problem.target == problem.ignore_index
-        torch._assert_async(
-            good.all(), "cce_inductor: a target lies outside [0, vocabulary size) and is not ignore_index"
-        )
-
-
 class Launch:
     """What the kernels of one call have in common: operands ready to be loaded, tile shapes, grid."""
 
-    def __init__(self, problem: Problem, backward: bool) -> None:
+    def __init__(self, problem: Problem, backward: bool, hidden: Tensor) -> None:
         self.problem = problem
-        capability, self.processors = device_properties(problem.hidden.device)
+        capability, self.processors = device_properties(hidden.device)
         self.config = tile_config(capability, backward)
-        self.hidden = problem.hidden if describable(problem.hidden) else problem.hidden.contiguous()
+        self.hidden = hidden if describable(hidden) else hidden.contiguous()
 
     def row_blocks(self, rows: slice) -> int:
         """How many tiles lie under each other in these rows."""

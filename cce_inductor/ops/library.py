@@ -3,11 +3,19 @@
     cce_inductor::vocab_reductions(hidden [N, D], weight [V, D], bias [V]?, target [N]?, total_weight [V]?, ...)
         -> lse [N], picked [N], total [N], lse_rest [N], tile_lse [tiles, N]
 
+    cce_inductor::scaled_loss(hidden [N, D], weight [V, D], bias [V]?, target [N], coefficient [N], ...)
+        -> loss [], grad_hidden [N, D], grad_weight [V, D], grad_bias [V]
+
+`scaled_loss` is the sum over n of coefficient[n] * (lse[n] - picked[n]) over the rows whose target is not
+`ignore_index`, with its gradients where `needs_grad` asks for them; the gradient of the loss multiplies them later.
+The coefficients get no gradient.
+
 `reference.py` says what is computed. `logit_map` is the text of a `LogitMap`. `compute_dtype` is what the operands of
 the matmuls are cast to (autocast: a float32 parameter with bfloat16 arithmetic), while gradients come back in each
 input's own dtype. `want_total` asks for the third result, which is zero otherwise. `workspace_mib` bounds the scratch
 memory of the backward. `approximate_mass` is how much of each row's probability the backward may approximate, 0 for
-exact gradients. `tile_lse` is what the forward hands to an approximate backward, where there is one, else empty. In a
+exact gradients. `tile_lse` is what the forward hands to an approximate backward, where there is one, else empty. With
+`skip_ignored` nobody reads lse and total of rows whose target is `ignore_index`: they may be anything but nan.
 `lse_rest` is what rounding took from lse: a log-probability is picked - lse - lse_rest. It has no gradient. In a
 row with a nan or +inf logit lse is nan, as the log-softmax of such a row is.
 """
@@ -22,7 +30,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..logit_map import LogitMap
-from . import cpu, cuda
+from . import cpu, cuda, in_forward
 from .problem import Problem, accumulate_dtype, check
 
 NAMESPACE = "cce_inductor"
@@ -31,15 +39,29 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 _library.define(
     "vocab_reductions(Tensor hidden, Tensor weight, Tensor? bias, Tensor? target, Tensor? total_weight, *, "
     "str logit_map, bool want_total, int? ignore_index, ScalarType compute_dtype, int workspace_mib, "
-    "float approximate_mass=0.0) -> (Tensor lse, Tensor picked, Tensor total, Tensor lse_rest, "
-    "Tensor tile_lse)"
+    "float approximate_mass=0.0, bool skip_ignored=False) "
+    "-> (Tensor lse, Tensor picked, Tensor total, Tensor lse_rest, Tensor tile_lse)"
 )
 _library.define(
     "vocab_reductions_backward(Tensor grad_lse, Tensor grad_picked, Tensor grad_total, Tensor lse, "
     "Tensor tile_lse, Tensor hidden, Tensor weight, Tensor? bias, Tensor? target, Tensor? total_weight, *, "
     "str logit_map, bool want_total, int? ignore_index, ScalarType compute_dtype, int workspace_mib, "
-    "bool[] needs_grad, float approximate_mass=0.0) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
+    "bool[] needs_grad, float approximate_mass=0.0, bool skip_ignored=False) "
+    "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
 )
+_library.define(
+    "scaled_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor coefficient, *, str logit_map, "
+    "int? ignore_index, ScalarType compute_dtype, int workspace_mib, bool[] needs_grad) "
+    "-> (Tensor loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
+)
+
+
+def pays_in_forward(device: torch.device, compute_dtype: torch.dtype) -> bool:
+    """Whether `scaled_loss` is the faster way, where both can be taken: where no Triton kernel computes the logits.
+
+    float16 is left out, as a gradient that is not yet multiplied by a gradient scaler's factor would underflow.
+    """
+    return compute_dtype in (torch.float32, torch.float64) or (device.type == "cpu" and compute_dtype == torch.bfloat16)
 
 
 @contextlib.contextmanager
@@ -71,12 +93,29 @@ def _backward(
         return implementation.backward(Problem.of(hidden, *args, **options), lse, tile_lse, grads, needs_grad)
 
 
+def _scaled_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    coefficient: Tensor,
+    *,
+    needs_grad: list[bool],
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with _plain_context(hidden):
+        problem = Problem.of(hidden, weight, bias, target, None, want_total=False, **options)
+        return in_forward.loss_and_gradients(problem, coefficient.to(problem.accumulate_dtype), needs_grad)
+
+
 for _key, _implementation in (("CPU", cpu), ("CUDA", cuda)):
     _library.impl("vocab_reductions", functools.partial(_forward, _implementation), _key)
     _library.impl("vocab_reductions_backward", functools.partial(_backward, _implementation), _key)
+    _library.impl("scaled_loss", _scaled_loss, _key)
 
 vocab_reductions = torch.ops.cce_inductor.vocab_reductions.default
 vocab_reductions_backward = torch.ops.cce_inductor.vocab_reductions_backward.default
+scaled_loss = torch.ops.cce_inductor.scaled_loss.default
 
 
 @torch.library.register_fake(f"{NAMESPACE}::vocab_reductions", lib=_library)
@@ -116,11 +155,36 @@ def _backward_fake(
     needs_grad: list[bool],
     **__: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_gradients(hidden, weight, bias, needs_grad)
+
+
+def _empty_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs_grad: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
     grad_hidden, grad_weight, grad_bias = (
         tensor.new_empty(tensor.shape if needed else 0)
         for tensor, needed in zip((hidden, weight, hidden if bias is None else bias), needs_grad, strict=True)
     )
     return grad_hidden, grad_weight, grad_bias
+
+
+@torch.library.register_fake(f"{NAMESPACE}::scaled_loss", lib=_library)
+def _scaled_loss_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    coefficient: Tensor,
+    *,
+    compute_dtype: torch.dtype,
+    logit_map: str,
+    needs_grad: list[bool],
+    **_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check(hidden, weight, bias, target, None, compute_dtype)
+    LogitMap.parse(logit_map)
+    loss = hidden.new_empty((), dtype=accumulate_dtype(compute_dtype))
+    return loss, *_empty_gradients(hidden, weight, bias, needs_grad)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: tuple) -> None:
@@ -153,6 +217,48 @@ def _no_double_backward(ctx: Any, *_: Tensor) -> tuple:
 torch.library.register_autograd(f"{NAMESPACE}::vocab_reductions_backward", _no_double_backward, lib=_library)
 
 
+def _save_gradients(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: tuple) -> None:
+    _, *grads = output
+    needs_grad = keyword_only_inputs["needs_grad"]
+    assert all(n or not i for i, n in zip(ctx.needs_input_grad, needs_grad, strict=False)), (
+        "a gradient is not asked for"
+    )
+    ctx.mark_non_differentiable(*grads)
+    ctx.save_for_backward(*inputs[:3], *grads)
+
+
+class _Scaled(torch.autograd.Function):
+    """A gradient times a number, as a function of what it is the gradient of, which can't be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, scale: Tensor, *_: Tensor | None) -> Tensor:
+        return _times(grad, scale)
+
+    backward = staticmethod(_no_double_backward)
+
+
+def _times(grad: Tensor, scale: Tensor) -> Tensor:
+    """In the dtype of the gradient; the number is not rounded to it before."""
+    return (grad.to(scale.dtype) * scale).to(grad.dtype)
+
+
+def _scale_gradients(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple:
+    saved = ctx.saved_tensors
+    inputs, grads = saved[:3], saved[3:]
+    scaled = (
+        (_Scaled.apply(grad, grad_loss, *inputs) if torch.is_grad_enabled() else _times(grad, grad_loss))
+        if needed
+        else None
+        for grad, needed in zip(grads, ctx.needs_input_grad[:3], strict=True)
+    )
+    return *scaled, None, None
+
+
+torch.library.register_autograd(
+    f"{NAMESPACE}::scaled_loss", _scale_gradients, setup_context=_save_gradients, lib=_library
+)
+
+
 @register_flop_formula(torch.ops.cce_inductor.vocab_reductions)
 def _forward_flops(hidden: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
     """One matmul: 2 N V D."""
@@ -173,4 +279,10 @@ def _backward_flops(
     **__: Any,
 ) -> int:
     """The logits again, and one matmul for each of the gradients of hidden and weight."""
+    return 2 * hidden[0] * weight[0] * weight[1] * (1 + needs_grad[0] + needs_grad[1])
+
+
+@register_flop_formula(torch.ops.cce_inductor.scaled_loss)
+def _scaled_loss_flops(hidden: torch.Size, weight: torch.Size, *_: Any, needs_grad: list[bool], **__: Any) -> int:
+    """The logits once, and one matmul for each of the gradients of hidden and weight."""
     return 2 * hidden[0] * weight[0] * weight[1] * (1 + needs_grad[0] + needs_grad[1])

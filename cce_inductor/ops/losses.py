@@ -1,8 +1,12 @@
 """Losses as arithmetic on the reductions over the vocabulary: vectors of length N, no logits.
 
+`row_weights` is for the losses that are nothing but a weighted sum of -log p over the rows.
+
 The functions work on tensors and, unchanged, on FX proxies: the pass calls them to write the same arithmetic into a
 graph. So they branch on plain Python values only.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -33,8 +37,7 @@ def cross_entropy(
     row_weight = None
     if weight is not None:
         weight = weight.to(lse.dtype)
-        # ignored targets may lie outside [0, V): look up class 0 for them and drop the result
-        row_weight = torch.where(valid, weight[torch.where(valid, target, 0)], 0.0)
+        row_weight = _target_weights(weight, target, valid)
         losses = row_weight * losses
     if label_smoothing > 0.0:
         assert total is not None, "label smoothing needs the sum of the logits"
@@ -47,3 +50,26 @@ def cross_entropy(
     if reduction == "sum":
         return losses.sum()
     return losses.sum() / (valid.sum() if row_weight is None else row_weight.sum())
+
+
+def row_weights(
+    target: Tensor,  # [N]
+    dtype: torch.dtype,
+    weight: Tensor | None = None,  # [V]
+    reduction: str = "mean",
+    ignore_index: int = -100,
+) -> Tensor:  # [N]
+    """What each row's lse - picked is multiplied by in a sum that is the loss, without label smoothing."""
+    valid = target != ignore_index
+    weights = valid.to(dtype) if weight is None else _target_weights(weight.to(dtype), target, valid)
+    return weights if reduction == "sum" else torch.where(valid, weights / weights.sum(), 0.0)
+
+
+def nan_without_rows(loss: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """The mean over no row is nan, while its gradients are zero."""
+    return torch.where((target != ignore_index).any(), loss, math.nan)
+
+
+def _target_weights(weight: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+    # ignored targets may lie outside [0, V): look up class 0 for them and drop the result
+    return torch.where(valid, weight[torch.where(valid, target, 0)], 0.0)

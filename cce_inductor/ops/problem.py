@@ -30,6 +30,7 @@ class Problem:
     ignore_index: int | None
     workspace_bytes: int
     approximate_mass: float = 0.0  # of a row, in the backward
+    skip_ignored: bool = False  # nobody reads lse and total of rows whose target is ignore_index
 
     @classmethod
     def of(
@@ -46,6 +47,7 @@ class Problem:
         compute_dtype: torch.dtype,
         workspace_mib: int,
         approximate_mass: float = 0.0,
+        skip_ignored: bool = False,
     ) -> "Problem":
         """Checks the operands as the schema gives them; the errors are of the kinds that eager PyTorch raises."""
         check(hidden, weight, bias, target, total_weight, compute_dtype)
@@ -63,6 +65,7 @@ class Problem:
             ignore_index=ignore_index,
             workspace_bytes=workspace_mib * MIB,
             approximate_mass=approximate_mass,
+            skip_ignored=skip_ignored,
         )
 
     @property
@@ -86,6 +89,18 @@ class Problem:
     def accumulate_dtype(self) -> torch.dtype:
         return accumulate_dtype(self.compute_dtype)
 
+    @property
+    def leaves_out(self) -> bool:
+        """Whether results of ignored rows may be left out: there may be such rows, and nobody reads theirs."""
+        return self.skip_ignored and self.target is not None and self.ignore_index is not None
+
+    @property
+    def counts(self) -> Tensor | None:
+        """Which rows count [N]; None where all do, or where somebody may read the results of those that don't."""
+        if not self.skip_ignored or self.target is None or self.ignore_index is None:
+            return None
+        return torch.ne(self.target, self.ignore_index)
+
     def weight_rows(self, columns: slice) -> Tensor:
         """The classifier weight of a slice of the vocabulary, in the dtype of the matmuls."""
         return self.weight[columns].to(self.compute_dtype)
@@ -104,10 +119,10 @@ def accumulate_dtype(compute_dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if compute_dtype == torch.float64 else torch.float32
 
 
-def spans(size: int, step: int) -> Iterator[slice]:
-    """[0, size) in consecutive slices of at most `step`."""
-    for start in range(0, size, step):
-        yield slice(start, min(start + step, size))
+def spans(stop: int, step: int, start: int = 0) -> Iterator[slice]:
+    """[start, stop) in consecutive slices of at most `step`."""
+    for begin in range(start, stop, step):
+        yield slice(begin, min(begin + step, stop))
 
 
 def check(

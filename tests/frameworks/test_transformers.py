@@ -12,7 +12,7 @@ from cce_inductor.graph.driver import rewrite_module
 from cce_inductor.graph.returned import LazyResults
 from cce_inductor.lazy_logits import LazyLogits
 
-reason = "needs transformers: pip install cce_inductor[test-models]"
+reason = "needs transformers: pip install cce_inductor[models]"
 transformers = pytest.importorskip("transformers", reason=reason)
 
 V = 211
@@ -128,7 +128,7 @@ def test_evaluation_and_generation():
 
 
 def test_accelerate_converts_outputs_to_float32():
-    accelerate = pytest.importorskip("accelerate", reason="needs accelerate: pip install cce_inductor[test-models]")
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate: pip install cce_inductor[models]")
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     model = make(*MODELS["Llama"]).train()
     with torch.no_grad():
@@ -148,7 +148,7 @@ def test_accelerate_converts_outputs_to_float32():
 
 def test_trainer(tmp_path):
     """Training in bfloat16 with accumulated gradients, evaluation with metrics, prediction."""
-    pytest.importorskip("accelerate", reason="needs accelerate: pip install cce_inductor[test-models]")
+    pytest.importorskip("accelerate", reason="needs accelerate: pip install cce_inductor[models]")
     data = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, V, (8, 12))]
     start = make(*MODELS["Llama"])
 

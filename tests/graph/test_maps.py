@@ -34,6 +34,31 @@ MAPS = {
     "two_maps": (lambda x: torch.sigmoid(3 * torch.tanh(x)) * 7, "7*sigmoid(3*tanh(z))"),
     "shifted": (lambda x: (x + 1) * 2 - 3, None),
     "there_and_back": (lambda x: x * 4.0 / 4.0, None),
+    "number_minus": (lambda x: 1.0 - x, None),
+    "number_over": (lambda x: 1.0 / (torch.sigmoid(x) + 2), None),
+    "exp": (lambda x: torch.exp(x / 4), "exp(z/4)"),
+    "square": (lambda x: x.square(), "z**2"),
+    "pow": (lambda x: x**3 / 9, None),
+    "relu": (lambda x: torch.relu(x), "where(gt(z, 0), z, 0)"),
+    "relu_in_place": (lambda x: F.relu(x, inplace=True), None),
+    "leaky_relu": (lambda x: F.leaky_relu(x, 0.2), None),
+    "silu": (lambda x: F.silu(x), None),
+    "swish_by_hand": (lambda x: x * torch.sigmoid(x), None),
+    "squared_by_hand": (lambda x: x * x, "z**2"),
+    "residual": (lambda x: x + torch.tanh(x), None),
+    "difference": (lambda x: torch.tanh(x) - 0.5 * x, None),
+    "ratio": (lambda x: x / (1 + torch.exp(-x)), None),
+    "clamp": (lambda x: x.clamp(-1.5, 1.5), None),
+    "clamp_keywords": (lambda x: torch.clamp(x, max=1.0), "where(gt(z, 1.0), 1.0, z)"),
+    "clamp_min": (lambda x: x.clamp_min(-1), None),
+    "clamp_max": (lambda x: torch.clamp_max(x, 1), None),
+    "clip": (lambda x: x.clip(min=-0.5), None),
+    "hardtanh": (lambda x: F.hardtanh(x, -2.0, 2.0), None),
+    "leaky_clamp": (lambda x: torch.where(x > 1, 1 + 0.1 * (x - 1), x), None),
+    "leaky_clamp_of_both_sides": (lambda x: torch.where(x < -1, -1 + 0.1 * (x + 1), x.clamp(max=2)), None),
+    "chosen_constant": (lambda x: torch.where(x >= 0.5, x, 0.5), None),
+    "chosen_branch": (lambda x: torch.where(x <= 0, torch.tanh(x), x * 0.5), None),
+    "sigmoid_cap": (lambda x: 15 * torch.sigmoid((x + 5) / 7.5), None),
 }
 
 
@@ -177,6 +202,10 @@ BIASES = {
     "after_the_rows_are_flat": (lambda x, b: x.flatten(0, 1) + b, (V,)),
     "twice": (lambda x, b: x + b + b, (V,)),
     "an_expression": (lambda x, b: x + (b * 2).exp(), (V,)),
+    "alpha": (lambda x, b: torch.add(x, b, alpha=2), (V,)),
+    "subtracted_with_alpha": (lambda x, b: torch.sub(x, b, alpha=0.5), (V,)),
+    "minus_the_logits": (lambda x, b: b - x, (V,)),
+    "in_place": (lambda x, b: x.add_(b), (V,)),
 }
 
 
@@ -188,6 +217,26 @@ def test_bias(add, shape, with_argument):
         return F.cross_entropy(logits.view(-1, V), t.view(-1)) + c.sum()
 
     check(program, hidden(), weight(), bias(*shape), bias().detach().flip(0).requires_grad_(), labels())
+
+
+CLASS_SCALES = {
+    "mul": lambda x, s: x * s,
+    "div": lambda x, s: x / (s.abs() + 1),
+    "in_float32": lambda x, s: x.float() * (s.float() * 2.0),
+    "before_a_softcap": lambda x, s: 5 * torch.tanh(x * s / 5),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", CLASS_SCALES.values(), ids=CLASS_SCALES)
+def test_scale_by_a_learned_vector(scale, dtype):
+    """One number for each class: it moves to the weight."""
+
+    def program(h, w, b, s, t):
+        return F.cross_entropy(scale(F.linear(h, w, b), s).view(-1, V), t.view(-1))
+
+    factors = torch.linspace(0.5, 2.0, V).to(dtype).requires_grad_()
+    check(program, hidden(dtype=dtype), weight(dtype=dtype), bias(dtype=dtype), factors, labels())
 
 
 class Marian(torch.nn.Module):
@@ -231,15 +280,19 @@ def test_the_bias_gets_its_gradient_in_its_own_shape():
 REFUSED = {
     "bias_after_softcap": (lambda x, b: torch.tanh(x) + b, "after a non-linear map"),
     "scale_tensor_after_softcap": (lambda x, b: torch.tanh(x) * b.sum(), "scalar tensor scales the logits after"),
-    "scale_by_a_vector": (lambda x, b: x * b, "more than one number"),
-    "divided": (lambda x, b: 1.0 / (x + 100), "divided by the logits"),
-    "subtracted_from": (lambda x, b: 1.0 - x, "subtracted from"),
-    "squared": (lambda x, b: x * x, "combined with themselves"),
+    "scale_by_rows": (lambda x, b: x * x.new_ones(x.size(1), 1), "differs from row to row"),
+    "vector_after_softcap": (lambda x, b: torch.tanh(x) * b, "scale first"),
+    "divided": (lambda x, b: b / (x + 100), "divided by the logits"),
+    "shifted_rows": (lambda x, b: x * x[:, :1], "other rows, are combined"),
+    "compared_with_a_vector": (lambda x, b: torch.where(b > x, 0.0, x), "only a boolean mask [V]"),
+    "chosen_tensor": (lambda x, b: torch.where(x > 0, x, b), "choose numbers"),
+    "clamped_by_a_tensor": (lambda x, b: x.clamp(max=b), "clamp them by numbers"),
+    "root": (lambda x, b: x.abs().pow(0.5), "`abs` of the logits is not understood"),
+    "fractional_power": (lambda x, b: (x * 0 + 1) ** 0.5, "no whole number"),
     "infinite": (lambda x, b: x * 1e400, "inf"),
-    "alpha": (lambda x, b: torch.add(x, b, alpha=2), "alpha"),
+    "alpha": (lambda x, b: torch.add(b, x, alpha=2), "alpha"),
     "rows_of_numbers": (lambda x, b: x + x.new_ones(x.size(1), 1), "differs from row to row"),
     "rounding": (lambda x, b: torch.div(x, 2.0, rounding_mode="floor"), "rounding"),
-    "relu": (lambda x, b: torch.relu(x), "`relu` of the logits is not understood"),
     "unknown_keyword": (lambda x, b: torch.mul(x, 2.0, out=torch.empty_like(x)), "in a way that is not understood"),
 }
 

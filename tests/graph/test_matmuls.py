@@ -27,6 +27,10 @@ SPELLINGS = {
     "einsum_transposed": lambda h, w: torch.einsum("bsd,dv->bsv", h, w.T),
     "einsum_list": lambda h, w: torch.einsum("bsd,vd->bsv", [h, w]),
     "einsum_flat": lambda h, w: torch.einsum("nd,vd->nv", h.flatten(0, 1), w).view(B, S, V),
+    "einsum_dots": lambda h, w: torch.einsum("...d,vd->...v", h, w),
+    "einsum_dots_transposed": lambda h, w: torch.einsum("...d,dv->...v", h, w.T),
+    "einsum_weight_first": lambda h, w: torch.einsum("vd,b...d->b...v", w, h),
+    "einsum_width_first": lambda h, w: torch.einsum("dbs,vd->bsv", h.permute(2, 0, 1), w),
     "functional_namespace": lambda h, w: torch._C._nn.linear(h, w),
 }
 
@@ -46,6 +50,8 @@ WITH_BIAS = {
     "addmm_row": lambda h, w, b: torch.addmm(b.view(1, V), h.flatten(0, 1), w.t()),
     "addmm_method": lambda h, w, b: b.addmm(h.flatten(0, 1), w.t()),
     "baddbmm": lambda h, w, b: torch.baddbmm(b, h.view(1, -1, D), w.t().unsqueeze(0)),
+    "addmm_weighed": lambda h, w, b: torch.addmm(b, h.flatten(0, 1), w.t(), beta=0.5, alpha=2.0),
+    "baddbmm_weighed": lambda h, w, b: torch.baddbmm(b, h.view(1, -1, D), w.t().unsqueeze(0), alpha=0.25),
     "baddbmm_block": lambda h, w, b: torch.baddbmm(b.view(1, 1, V), h.view(1, -1, D), w.t().unsqueeze(0)),
 }
 
@@ -176,9 +182,17 @@ def test_hidden_states_that_are_not_contiguous():
     check(program, hidden(), weight(), labels())
 
 
+def test_einsum_that_moves_rows_and_vocabulary():
+    def program(h, w, t):
+        return F.cross_entropy(torch.einsum("bsd,vd->svb", h, w), t.t())
+
+    check(program, hidden(), weight(), labels())
+
+
 NOT_HEADS = {
+    "einsum_of_batches": lambda h, w: torch.einsum("bsd,bvd->bsv", h, w.expand(B, V, D)),
+    "einsum_without_arrow": lambda h, w: torch.einsum("bsd,zd", h, w),
     "two_batches": lambda h, w: torch.bmm(h, w.t().expand(B, D, V)),
-    "alpha": lambda h, w: torch.addmm(w.sum(1), h.flatten(0, 1), w.t(), alpha=2.0),
     "three_operands": lambda h, w: torch.einsum("bsd,vd,d->bsv", h, w, w[0]),
     "vocabulary_in_both": lambda h, w: torch.einsum("bsd,sd->bsd", h, h[0]) @ w[:, :].repeat(1, 1)[None].mT,
 }

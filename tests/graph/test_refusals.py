@@ -91,10 +91,10 @@ READERS = {
     "softmax": lambda x: x.softmax(-1),
     "topk": lambda x: x.topk(2).values,
     "max": lambda x: x.max(-1).values,
-    "exp": lambda x: x.exp(),
+    "erf": lambda x: x.erf(),
     "matmul": lambda x: x @ x.mT,
     "numel_free_norm": lambda x: x.norm(),
-    "relu": lambda x: x.relu(),
+    "cumsum": lambda x: x.cumsum(-1),
 }
 
 
@@ -132,15 +132,12 @@ def test_soft_targets():
     check_refused(program, *given, operation="cross_entropy", reason="its targets are probabilities")
 
 
-def test_the_loss_over_the_rows_of_a_contrastive_matrix():
-    """CLIP: a loss along each dimension of one product."""
+def test_the_loss_over_the_rows_of_logits_with_a_bias():
+    def program(image, text, b):
+        x = F.linear(image, text, b)
+        return F.cross_entropy(x.t(), torch.arange(image.size(0)))  # <-
 
-    def program(image, text):
-        x = image @ text.t()
-        target = torch.arange(image.size(0))
-        return F.cross_entropy(x, target) + F.cross_entropy(x.t(), target)  # <-
-
-    given = (hidden(20, D), weight(20, D))
+    given = (hidden(20, D), weight(20, D), torch.zeros(20))
     check_refused(program, *given, operation="cross_entropy", reason="class dimension is not the vocabulary")
 
 

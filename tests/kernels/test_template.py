@@ -13,7 +13,9 @@ from cce_inductor.kernels.tile import tile_position
 from cce_inductor.logit_map import LogitMap
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-MAPS = ("z", "0.5*z", "30.0*tanh(z/30.0)", "2.0*sigmoid(z) - 1.0", "exp(-z*z) + z", "1/(1 + z**2)", "z**3 - z", "3.0")
+MAPS = ("z", "0.5*z", "30.0*tanh(z/30.0)", "2.0*sigmoid(z) - 1.0", "exp(-z*z) + z", "1/(1 + z**2)", "z**3 - z", "3.0",
+        "where(gt(z, 1.0), 0.1*z + 0.9, z)", "where(ge(0.0, z), 0.0, z)",
+        "where(gt(-3.4e38, z), -inf, tanh(z))")  # fmt: skip
 
 
 @triton.jit
@@ -21,7 +23,7 @@ def _apply(z, value, slope, size, VALUE: tl.constexpr, VALUE_AND_SLOPE: tl.const
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(z + index, mask=index < size)
     y, dy = VALUE_AND_SLOPE(x)
-    tl.store(value + index, VALUE(x) + 0 * (y - y), mask=index < size)
+    tl.store(value + index, VALUE(x) + tl.where(y > 0, 0.0, 0.0), mask=index < size)
     tl.store(slope + index, dy, mask=index < size)
 
 
@@ -65,6 +67,14 @@ def test_infinities_reach_the_limits_of_a_map():
         value, _ = apply(LogitMap.parse(text), z)
         assert tuple(value[:2].tolist()) == limits
         assert value[2].isnan()
+
+
+def test_marked_logits_are_filled_without_gradient():
+    z = torch.tensor([-torch.inf, 0.0, torch.nan])
+    value, slope = apply(LogitMap.parse("where(gt(-3.4e38, z), -inf, tanh(z))"), z)
+    assert value[:2].tolist() == [-torch.inf, 0.0]
+    assert slope[:2].tolist() == [0.0, 1.0]
+    assert value[2].isnan()
 
 
 def test_the_generated_file_is_readable_private_and_reused(monkeypatch, tmp_path):

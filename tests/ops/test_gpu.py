@@ -14,7 +14,7 @@ pytestmark = pytest.mark.gpu
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 
-def plain(hidden, weight, target, workspace_mib=256, approximate_mass=0.0):
+def plain(hidden, weight, target, workspace_mib=256, approximate_mass=0.0, skip_ignored=False):
     """lse and picked of a plain cross-entropy."""
     return vocab_reductions(
         hidden,
@@ -28,6 +28,7 @@ def plain(hidden, weight, target, workspace_mib=256, approximate_mass=0.0):
         compute_dtype=hidden.dtype,
         workspace_mib=workspace_mib,
         approximate_mass=approximate_mass,
+        skip_ignored=skip_ignored,
     )[:2]
 
 
@@ -136,6 +137,29 @@ def test_it_can_be_captured_into_a_cuda_graph(mass):
         gradient.zero_()
     graph.replay()
     assert all(map(torch.equal, captured, expected))
+
+
+@pytest.mark.parametrize("width", [128, 129], ids=["descriptors", "pointers"])
+@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
+def test_ignored_rows_do_not_matter(width, share, mass):
+    hidden, weight = random(1000, width).requires_grad_(), random(5003, width).requires_grad_()
+    target = torch.randint(0, 5003, (1000,), device="cuda")
+    ignored = torch.rand(1000, device="cuda") < share
+    target[ignored] = -100
+
+    def losses_and_gradients(skip_ignored):
+        lse, picked = plain(hidden, weight, target, 16, mass, skip_ignored)
+        losses = torch.where(ignored, 0.0, lse - picked)
+        return losses, *torch.autograd.grad(losses.sum(), (hidden, weight))
+
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results, wanted = losses_and_gradients(True), losses_and_gradients(False)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(results[0], wanted[0])
+    # the exact backward has the same operands; the approximate one samples rows and lists them the same way
+    assert all(map(torch.equal, results[1:], wanted[1:]))
 
 
 @pytest.mark.parametrize("workspace_mib", [32, 128])

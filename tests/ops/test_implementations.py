@@ -61,6 +61,22 @@ def test_results_are_no_worse_than_eagers(implementation, case, workspace_bytes)
     cases.assert_no_worse_than_eager(case, results, interpreted=implementation is cuda)
 
 
+@given(case=problems())
+def test_results_of_ignored_rows_may_be_anything_where_nobody_reads_them(implementation, case):
+    ignored = torch.zeros(case.rows, dtype=torch.bool)
+    if case.target and case.ignore_index is not None:
+        ignored = case.targets == case.ignore_index
+    case.grads = [grad.masked_fill(ignored, 0.0) for grad in case.grads]
+    results, references, eagers = (
+        f(case) for f in (lambda c: cases.ours(c, implementation, skip_ignored=True), cases.exact, cases.eager)
+    )
+    assert not any(result.isnan().any() for result in results)
+    for vectors in (results, references, eagers):
+        for i in (0, 2):
+            vectors[i] = vectors[i].masked_fill(ignored, 0.0)
+    cases.assert_no_worse(results, references, eagers, cases.uncertainty(case, implementation is cuda))
+
+
 @pytest.mark.parametrize("logit_map", cases.MAPS)
 def test_float64_agrees_with_the_specification_to_rounding(implementation, logit_map):
     case = cases.Case(19, 50, 12, torch.float64, logit_map=logit_map)

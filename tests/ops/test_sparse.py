@@ -1,15 +1,22 @@
 """The sparse backward: exact where it may skip nothing, and what it skips is put back."""
 
+import os
+
 import pytest
 import torch
 from cases import MAPS, Case, assert_no_worse, eager, exact, uncertainty
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cce_inductor.ops import cuda, sparse
-from cce_inductor.ops.block_plan import BlockPlan
+from cce_inductor.ops import cuda, row_lists, sparse
+from cce_inductor.ops.row_lists import RowLists
 
 TILE_ROWS, TILE_WIDTH = 16, 32  # of the interpreter's tiles
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip(
+        "there is a GPU, so Triton compiles: tests/ops/test_gpu.py runs the kernels on it", allow_module_level=True
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +43,13 @@ def backward(case, mass, workspace_bytes=1 << 16):
 def tile_lse(case, problem):
     x = problem.logit_map(case.hidden.double() @ case.weight.double().T)
     return torch.stack([tile.logsumexp(1) for tile in x.split(TILE_WIDTH, dim=1)]).float()
+
+
+def all_active(problem, lse, tiles, grads):
+    """[tiles, N]: the tiles that each row needs, with no row dense."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row_lists, "DENSE_SHARE", 1.0)
+        return row_lists._active(problem, lse, tiles, grads[0], grads[1], TILE_WIDTH)[0][:-1]
 
 
 @given(
@@ -78,7 +92,7 @@ def test_what_a_row_skips_stays_within_the_budget_and_never_its_target(mass):
     case = make(50, 150, 24)
     problem = case.problem(approximate_mass=mass)
     lse, tiles = cuda.forward(problem)[0], tile_lse(case, problem)
-    active = sparse._active(problem, lse, tiles, case.grads[0], case.grads[1], TILE_WIDTH)
+    active = all_active(problem, lse, tiles, case.grads)
     counts = case.targets != -100
     skipped = torch.where(active, 0.0, torch.exp(tiles - lse)).sum(0)[counts]
     assert (skipped <= mass * (1 + 1e-5)).all()
@@ -120,28 +134,48 @@ def test_only_what_is_needed_is_computed(needs_grad):
 
 
 @given(
-    tiles=st.integers(1, 9),
-    row_blocks=st.integers(1, 6),
-    density=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]),
+    rows=st.integers(1, 70),
+    vocab=st.integers(1, 150),
     extra=st.integers(0, 20),
-    seed=st.integers(0, 999),
+    mass=st.sampled_from([0.0, 2**-5, 2**-1]),
+    dense_share=st.sampled_from([0.0, 0.3, 0.6, 1.0]),
+    seed=st.integers(0, 99),
 )
-def test_rounds_cover_each_active_block_once_and_fit_in_the_workspace(tiles, row_blocks, density, extra, seed):
-    active = torch.rand(tiles, row_blocks, generator=torch.Generator().manual_seed(seed)) < density
-    slots = row_blocks + extra
-    plan = BlockPlan.of(active, slots)
-    wanted = active.flatten().nonzero().squeeze(1).tolist()
-    assert plan.numbers[: len(wanted)].tolist() == wanted
-    assert plan.round_places[-1] == len(wanted)
-    assert (plan.round_places.diff() <= slots).all()
-    assert plan.round_tiles[0] == 0
-    assert plan.round_tiles[-1] == tiles
-    assert plan.tile_start[plan.round_tiles.long()].tolist() == plan.round_places.tolist()
-    for index in range(plan.rounds):
-        in_round = range(plan.round_tiles[index], plan.round_tiles[index + 1])
-        for row_block in range(row_blocks):
-            span = slice(plan.row_start[index, row_block], plan.row_start[index + 1, row_block])
-            listed = plan.row_tiles[span].tolist()
-            assert listed == [tile for tile in in_round if active[tile, row_block]]
-            numbers = plan.numbers[plan.row_places[span].long()].tolist()
-            assert numbers == [tile * row_blocks + row_block for tile in listed]
+def test_lists_hold_each_needed_pair_once_and_rounds_fit_in_the_workspace(rows, vocab, extra, mass, dense_share, seed):
+    case = make(rows, vocab, 16, seed=seed)
+    problem = case.problem(approximate_mass=mass)
+    lse, tiles = cuda.forward(problem)[0], tile_lse(case, problem)
+    needed = all_active(problem, lse, tiles, case.grads)
+    most = row_lists.most_blocks_of_a_tile(rows, TILE_ROWS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row_lists, "DENSE_SHARE", dense_share)
+        active, counts = row_lists._active(problem, lse, tiles, case.grads[0], case.grads[1], TILE_WIDTH)
+        lists = RowLists.of(problem, lse, tiles, case.grads[0], case.grads[1], most + extra)
+    *own, dense = active
+    assert torch.equal(dense, needed.sum(0) > dense_share * len(tiles))
+    assert torch.equal(torch.stack(own), needed & ~dense)
+    assert torch.equal(counts, active.sum(1))
+
+    starts = lists.tile_start.tolist()
+    assert_list(lists, dense, 0, starts[0])
+    for tile, rows_of_tile in enumerate(own):
+        assert_list(lists, rows_of_tile, starts[tile], starts[tile + 1])
+        assert (lists.slot_tile[starts[tile] : starts[tile + 1]] == tile).all()
+    mass = torch.exp(tiles - lse) * case.grads[0] / case.grads[0].abs().max()
+    wanted = torch.where(needed | dense, 0.0, mass.nan_to_num())
+    torch.testing.assert_close(lists.skipped_mass, wanted, rtol=1e-5, atol=1e-12)
+    assert torch.equal(lists.skips, (~needed & ~dense & (case.grads[0] != 0)).any(1))
+
+    assert lists.round_tiles[[0, -1]].tolist() == [0, len(tiles)]
+    blocks = lists.tile_start.diff() + starts[0]
+    for first, last in zip(lists.round_tiles, lists.round_tiles[1:], strict=False):
+        assert blocks[first:last].sum() <= most + extra
+
+
+def assert_list(lists, listed, start, end):
+    """The slots from start to end hold the true elements of `listed`, in order, and are filled up."""
+    span = lists.slot_rows[start * TILE_ROWS : end * TILE_ROWS]
+    count = listed.sum()
+    assert len(span) == -(-count // TILE_ROWS) * TILE_ROWS
+    assert torch.equal(span[:count], listed.nonzero().squeeze(1).int())
+    assert (span[count:] == -1).all()

@@ -20,8 +20,16 @@ MATMULS = {
     "at": lambda h, w: h @ w.T,
     "matmul": lambda h, w: torch.matmul(h, w.t()),
     "einsum": lambda h, w: torch.einsum(f"{ROWS[: h.dim() - 1]}d,vd->{ROWS[: h.dim() - 1]}v", h, w),
+    "einsum_dots": lambda h, w: torch.einsum("...d,vd->...v", h, w),
+    "einsum_weight_first": lambda h, w: torch.einsum("vd,...d->...v", w, h),
+    "addmm": lambda h, w: _addmm(h.reshape(-1, h.shape[-1]), w).view(*h.shape[:-1], w.shape[0]),
+    "low_rank": lambda h, w: F.linear(h, w) + 0.5 * F.linear(h.cos(), w.sin()),
     "mm": lambda h, w: torch.mm(h.reshape(-1, h.shape[-1]), w.mT).view(*h.shape[:-1], w.shape[0]),
 }  # fmt: skip
+
+
+def _addmm(h, w):
+    return torch.addmm(w[:, 0].tanh(), h, w.mT, beta=0.5, alpha=2.0)
 
 
 @dataclass(frozen=True)
@@ -80,12 +88,19 @@ def picked(x, t):
     return x.gather(-1, t.clamp(min=0).unsqueeze(-1)).squeeze(-1)
 
 
+def chunks(x, t):
+    x, t = flat(x, t)
+    return x.tensor_split(2), t.tensor_split(2)
+
+
 LOSSES = {
     "mean": lambda x, t: F.cross_entropy(*flat(x, t)),
     "sum": lambda x, t: F.cross_entropy(*flat(x, t), reduction="sum"),
     "none": lambda x, t: F.cross_entropy(*flat(x, t), reduction="none").square().sum(),
     "smoothed": lambda x, t: F.cross_entropy(*flat(x, t), label_smoothing=0.2),
     "class_dimension_one": lambda x, t: F.cross_entropy(x.movedim(-1, 1) if x.dim() > 1 else x, t),
+    "by_hand": lambda x, t: -(picked(x - x.logsumexp(-1, keepdim=True), t) * (t >= 0)).sum(),
+    "loop": lambda x, t: sum(F.cross_entropy(*pair, reduction="sum") for pair in zip(*chunks(x, t), strict=True)),
     "nll": lambda x, t: F.nll_loss(F.log_softmax(flat(x, t)[0], -1), t.reshape(-1), reduction="sum"),
     "gather": lambda x, t: -(picked(x.log_softmax(-1), t) * (t >= 0)).sum(),
     "z_loss": lambda x, t: x.logsumexp(-1).square().sum() / x.shape[-1],
@@ -166,6 +181,8 @@ AFFINE = {
     "div": lambda c: Step(f"/ {c}", lambda x, *_: x / c),
     "add": lambda c: Step(f"+ {c}", lambda x, *_: x + c),
     "neg": lambda c: Step("neg", lambda x, *_: -x),
+    "from": lambda c: Step(f"{c} - x", lambda x, *_: c - x),
+    "in_place": lambda c: Step(f".clone().mul_({c})", lambda x, *_: x.clone().mul_(c)),
     "bias": lambda c: Step("+ bias", lambda x, bias, scale: x + bias),
     "minus_bias": lambda c: Step("- bias", lambda x, bias, scale: x - bias),
 }
@@ -176,7 +193,15 @@ SCALES = {
 NONLINEAR = {
     "softcap": lambda c: Step(f"softcap {abs(c) * 4}", lambda x, *_: abs(c) * 4 * torch.tanh(x / (abs(c) * 4))),
     "sigmoid": lambda c: Step("4 * sigmoid", lambda x, *_: 4 * torch.sigmoid(x)),
+    "clamp": lambda c: Step(f"clamp {abs(c)}", lambda x, *_: x.clamp(-abs(c), abs(c))),
+    "leaky_clamp": lambda c: Step(f"leaky clamp {c}", lambda x, *_: torch.where(x > c, c + 0.1 * (x - c), x)),
+    "swish": lambda c: Step("x * sigmoid", lambda x, *_: x * torch.sigmoid(x)),
 }
+MASK = Step(
+    "without class 0",
+    lambda x, *_: x.masked_fill(torch.arange(x.shape[-1]) == 0, -torch.inf),
+    lambda t: torch.where(t == 0, 1, t),
+)
 
 
 @st.composite
@@ -185,6 +210,7 @@ def map_steps(draw):
     steps = [SCALES[name](1) for name in draw(st.lists(st.sampled_from(sorted(SCALES)), max_size=1))]
     steps += [AFFINE[name](draw(NUMBERS)) for name in draw(st.lists(st.sampled_from(sorted(AFFINE)), max_size=3))]
     steps += [NONLINEAR[name](draw(NUMBERS)) for name in draw(st.lists(st.sampled_from(sorted(NONLINEAR)), max_size=1))]
+    steps += [MASK] * draw(st.booleans())
     if draw(st.booleans()):
         steps.insert(draw(st.integers(0, len(steps))), Step(".float()", lambda x, *_: x.float()))
     return steps

@@ -1,0 +1,134 @@
+"""Losses whose gradients are computed in the forward: which they are, and that nothing is computed twice."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import B, D, S, V, bias, check, hidden, labels, nodes_of, run_compiled, weight
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from cce_inductor.ops.library import scaled_loss, vocab_reductions
+
+MATMUL = 2 * B * S * V * D
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+
+
+def loss(h, w, t):
+    return F.cross_entropy(F.linear(h, w).view(-1, V), t.view(-1))
+
+
+def operators(ours):
+    return [node.target for module in ours.modules for node in nodes_of(module) if "cce_inductor" in str(node.target)]
+
+
+def twice(h, w, t):
+    x = F.linear(h, w).view(-1, V)
+    return F.cross_entropy(x, t.view(-1)) + F.cross_entropy(x, t.view(-1).flip(0))
+
+
+def without_gradient(h, w, t):
+    with torch.no_grad():
+        return loss(h, w, t)
+
+
+def a_third(h, w, t):
+    return loss(h, w, t) / 3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_weighted_sum_of_log_probabilities_gets_its_gradients_in_the_forward(dtype):
+    ours = check(loss, hidden(dtype=dtype), weight(dtype=dtype), labels())
+    assert operators(ours) == [scaled_loss]
+
+
+def test_sizes_may_be_dynamic():
+    ours = check(loss, hidden(), weight(), labels(), dynamic=True)
+    assert operators(ours) == [scaled_loss]
+
+
+OTHERS = {
+    "label_smoothing": lambda h, w, t: F.cross_entropy(F.linear(h, w).view(-1, V), t.view(-1), label_smoothing=0.1),
+    "per_token": lambda h, w, t: F.cross_entropy(F.linear(h, w).view(-1, V), t.view(-1), reduction="none").sum(),
+    "z_loss": lambda h, w, t: loss(h, w, t) + F.linear(h, w).logsumexp(-1).square().mean(),
+    "no_gradient": without_gradient,
+    "checkpoint": lambda h, w, t: checkpoint(loss, h * 2, w, t, use_reentrant=False),
+    "two_losses": twice,
+}
+
+
+@pytest.mark.parametrize("program", OTHERS.values(), ids=OTHERS)
+def test_other_losses_wait_for_the_backward(program):
+    ours = run_compiled(program, hidden(), weight(), labels())
+    assert set(operators(ours)) == {vocab_reductions}
+
+
+@pytest.mark.parametrize(("dtype", "operator"), [(torch.float32, scaled_loss), (torch.bfloat16, vocab_reductions)])
+def test_no_16_bit_gradient_is_rounded_twice(dtype, operator):
+    ours = check(a_third, hidden(dtype=dtype), weight(dtype=dtype), labels())
+    assert operators(ours) == [operator]
+
+
+def test_float16_waits_for_its_scaler():
+    ours = check(loss, hidden(dtype=torch.float16), weight(dtype=torch.float16), labels())
+    assert operators(ours) == [vocab_reductions]
+
+
+@settings(max_examples=8)  # each is compiled
+@given(
+    dtype=st.sampled_from(DTYPES),
+    reduction=st.sampled_from(("mean", "sum")),
+    ignored=st.sampled_from((None, -100, 2)),
+    weighted=st.booleans(),
+    biased=st.booleans(),
+    capped=st.booleans(),
+)
+def test_any_such_loss_is_like_eagers(dtype, reduction, ignored, weighted, biased, capped):
+    how = {"reduction": reduction, "ignore_index": -100 if ignored is None else ignored}
+
+    def program(h, w, b, t, c):
+        x = F.linear(h, w, b if biased else None).view(-1, V)
+        return F.cross_entropy(5 * torch.tanh(x / 5) if capped else x, t.view(-1), c if weighted else None, **how)
+
+    class_weight = bias(dtype=dtype, requires_grad=False).abs()
+    target = labels(ignored=ignored)
+    ours = check(program, hidden(dtype=dtype), weight(dtype=dtype), bias(dtype=dtype), target, class_weight)
+    assert operators(ours) == [scaled_loss]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_no_row_at_all_counts(reduction):
+    def program(h, w, t):
+        return F.cross_entropy(F.linear(h, w).view(-1, V), t.view(-1), reduction=reduction)
+
+    ours = check(program, hidden(), weight(), labels(ignored=-100, every=1))
+    assert operators(ours) == [scaled_loss]
+
+
+def flops(program, *args):
+    """Of a compiled program's forward and of its backward, if there is one."""
+    counted = []
+
+    def counting(module, inputs):
+        def run(*args):
+            with FlopCounterMode(display=False) as counter:
+                result = module.forward(*args)
+            counted.append(counter.get_total_flops())
+            return result
+
+        return run
+
+    run_compiled(program, *args, lower=counting)
+    return counted
+
+
+def test_without_gradients_only_the_logits_are_computed():
+    with torch.no_grad():
+        assert flops(loss, hidden(), weight(), labels()) == [MATMUL]
+
+
+@pytest.mark.parametrize(("h", "w", "matmuls"), [(True, True, 3), (True, False, 2), (False, True, 2)])
+def test_each_matmul_is_computed_once(h, w, matmuls):
+    args = hidden(requires_grad=h), weight(requires_grad=w), labels()
+    assert flops(loss, *args) == [matmuls * MATMUL]
