@@ -56,7 +56,7 @@ class Formula:
         with torch.autocast(rows.device.type, enabled=False):
             x = self._product(rows.to(self.compute_dtype), weight.to(self.compute_dtype), bias)
             if self.normalized or self.logit_map != "z":
-                x = LogitMap.parse(self.logit_map)(x.to(torch.promote_types(x.dtype, torch.float32)))
+                x = _Mapped.apply(x.to(torch.promote_types(x.dtype, torch.float32)), LogitMap.parse(self.logit_map))
             if self.normalized:
                 x = x.log_softmax(-1)
             for dtype in self.dtypes:
@@ -67,6 +67,21 @@ class Formula:
         if bias is None or bias.dtype == self.compute_dtype:
             return F.linear(rows, weight, bias)
         return F.linear(rows, weight) + bias
+
+
+class _Mapped(torch.autograd.Function):
+    """f(z), with the derivative that the operators have: zero, not nan, where f fills in for a z of -inf."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, logit_map: LogitMap) -> Tensor:
+        ctx.save_for_backward(z)
+        ctx.logit_map = logit_map
+        return logit_map(z)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        slope = ctx.logit_map.value_and_derivative(*ctx.saved_tensors)[1]
+        return grad if slope is None else grad * slope, None
 
 
 class LazyLogits(Tensor):

@@ -92,8 +92,6 @@ def return_operands(site: Site, node: Node, logits: DeferredLogits, emitter: Emi
         raise Refused("gradients are not recorded in a part of their computation")
     if logits.vocab_dim != logits.ndim - 1:
         raise Refused("the vocabulary is not their last dimension")
-    if logits.has_fill:
-        raise Refused("some of their classes are filled with a number")
     others = [other for other in site.returned if other is not node]
     if any(shares_memory(other, node) for other in others):
         raise Refused("two of the results are views of them that share memory")
