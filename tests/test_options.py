@@ -14,7 +14,7 @@ DEFAULTS = {
     "min_logits_bytes": 16 << 20,
     "workspace_mib": 256,
     "on_refusal": "log",
-    "approximate_mass": 0.0,
+    "approximate_mass": 2**-4,
     "logits": "lazy",
 }
 
