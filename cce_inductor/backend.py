@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.fx import Graph, GraphModule
 from . import compat
 from .compat import CustomGraphPass
 from .graph.driver import rewrite_module
+from .graph.returned import LazyResults
 from .options import Options
 from .report import Report, publish
 
@@ -37,8 +39,14 @@ def cce_backend(
     """
     ours, inductors = Options.split(options)
     inductor = compat.inductor_backend(mode or ours.mode, inductors)
-    publish(rewrite_module(gm, ours), ours.on_refusal)
-    return inductor(gm, example_inputs)
+    return _compiled(inductor, gm, example_inputs, ours)
+
+
+def _compiled(inductor: Callable, gm: GraphModule, example_inputs: list[Any], options: Options) -> Callable:
+    """A graph, rewritten and compiled, that gives lazy logits where the pass took logits out of its results."""
+    lazy = LazyResults(gm.graph)
+    publish(rewrite_module(gm, options, lazy), options.on_refusal)
+    return lazy.around(inductor(gm, example_inputs))
 
 
 def _is_ours(backend: Any) -> bool:
@@ -53,13 +61,33 @@ compat.ignore_warning_once(_is_ours)
 
 
 class _PreGradPass(CustomGraphPass):
-    """The same pass where Inductor runs its own passes on the graphs of Dynamo, after any pass that was set before."""
+    """The same pass where Inductor runs its own passes on the graphs of Dynamo, after any pass that was set before.
+
+    Inductor skips it where it finds compiled code in a cache, and whoever calls Inductor does not hear of it. So lazy
+    logits can't begin here, and where there is no other pass to wait for, graphs are rewritten before Inductor.
+    """
 
     def __init__(self, options: Options, previous: Any) -> None:
         self.options = options
         self.previous = previous
 
+    def before(self, inductor: Callable, gm: GraphModule, example_inputs: list[Any]) -> Callable:
+        """Called by `torch.compile` in place of Inductor."""
+        if self.previous is not None:
+            return inductor(gm, example_inputs)
+
+        def inductor_alone(*graph_and_inputs: Any) -> Callable:
+            token = _done.set(self)
+            try:
+                return inductor(*graph_and_inputs)
+            finally:
+                _done.reset(token)
+
+        return _compiled(inductor_alone, gm, example_inputs, self.options)
+
     def __call__(self, graph: Graph) -> None:
+        if _done.get() is self:
+            return
         if self.previous is not None:
             self.previous(graph)
         module = graph.owning_module
@@ -74,6 +102,9 @@ class _PreGradPass(CustomGraphPass):
         return None if before is None else (_source_hash(), repr(self.options), before)
 
 
+_done: ContextVar[_PreGradPass | None] = ContextVar("done", default=None)  # the pass, in what it rewrote before
+
+
 @functools.cache
 def _source_hash() -> bytes:
     return compat.get_hash_for_files(tuple(sorted(map(str, Path(__file__).parent.rglob("*.py")))))
@@ -86,7 +117,7 @@ class _Enabled(contextlib.AbstractContextManager):
         disable()
 
 
-_outer: list[Any] = []  # what was set before each enable() that is still on
+_outer: list[tuple[Any, Callable]] = []  # for each enable() that is still on: what was set before, and an undo
 
 
 def enable(**options: Any) -> contextlib.AbstractContextManager:
@@ -105,15 +136,17 @@ def enable(**options: Any) -> contextlib.AbstractContextManager:
         wrong = ", ".join([*inductors, *(["mode"] if ours.mode is not None else [])])
         raise ValueError(f"enable() takes the options of cce_inductor only; give {wrong} to torch.compile")
     config = torch._inductor.config
-    _outer.append(config.pre_grad_custom_pass)
-    config.pre_grad_custom_pass = _PreGradPass(ours, config.pre_grad_custom_pass)
+    ours_there = _PreGradPass(ours, config.pre_grad_custom_pass)
+    _outer.append((config.pre_grad_custom_pass, compat.around_inductor(ours_there.before)))
+    config.pre_grad_custom_pass = ours_there
     return _Enabled()
 
 
 def disable() -> None:
     """Undoes the last `enable()`; nothing happens where there is none."""
     if _outer:
-        torch._inductor.config.pre_grad_custom_pass = _outer.pop()
+        torch._inductor.config.pre_grad_custom_pass, undo = _outer.pop()
+        undo()
 
 
 def explain(function: Callable, options: dict[str, Any] | None = None) -> Callable[..., Report]:
@@ -128,9 +161,10 @@ def explain(function: Callable, options: dict[str, Any] | None = None) -> Callab
         total = Report(graphs=0)
 
         def backend(gm: GraphModule, example_inputs: list[Any]) -> Callable:
-            total.extend(rewrite_module(gm, ours))
+            lazy = LazyResults(gm.graph)
+            total.extend(rewrite_module(gm, ours, lazy))
             total.graphs += 1
-            return gm.forward
+            return lazy.around(gm.forward)
 
         torch._dynamo.reset()
         try:

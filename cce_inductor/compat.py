@@ -1,19 +1,22 @@
 """Everything private to PyTorch that the package touches, in one place. Checked against torch 2.11 and 2.13."""
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._guards import TracingContext
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._logging import getArtifactLogger
 from torch._logging._internal import register_artifact
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 __all__ = [
     "CustomGraphPass",
     "FakeTensor",
+    "around_inductor",
     "artifact_logger",
     "cache_dir",
     "constant_size",
@@ -23,8 +26,11 @@ __all__ = [
     "ignore_warning_once",
     "inductor_backend",
     "inductor_option_names",
+    "is_tracing",
     "size_hint",
     "statically_equal",
+    "throw_on_data_ptr",
+    "unset_fake_temporarily",
 ]
 
 
@@ -43,6 +49,22 @@ def inductor_backend(mode: str | None, options: dict[str, Any] | None) -> Callab
     return torch._TorchCompileInductorWrapper(mode, options, None)
 
 
+def around_inductor(hook: Callable[[Callable, Any, Any], Callable]) -> Callable[[], None]:
+    """Has `torch.compile(backend="inductor")` call `hook(inductor, gm, inputs)` from now on; gives what undoes that."""
+    wrapper: Any = torch._TorchCompileInductorWrapper
+    original = wrapper.__call__
+
+    @functools.wraps(original)
+    def call(self: Any, gm: Any, inputs: Any, **how: Any) -> Callable:
+        return hook(functools.partial(original, self, **how), gm, inputs)
+
+    def undo() -> None:
+        wrapper.__call__ = original
+
+    wrapper.__call__ = call
+    return undo
+
+
 def inductor_option_names() -> frozenset[str]:
     """The names that Inductor accepts in `options=`."""
     from torch._inductor import config
@@ -54,6 +76,16 @@ def artifact_logger(name: str, description: str) -> logging.Logger:
     """A logger that TORCH_LOGS=name turns on; it must be asked for once, at import."""
     register_artifact(name, description, visible=True)
     return getArtifactLogger(name, name)
+
+
+def is_tracing() -> bool:
+    """Whether a program is being compiled, by Dynamo or by what it hands graphs to."""
+    return TracingContext.try_get() is not None
+
+
+def throw_on_data_ptr(tensor: torch.Tensor) -> None:
+    """Lets compiled code that is given a tensor without memory raise an error rather than crash."""
+    torch._C._set_throw_on_mutable_data_ptr(tensor)
 
 
 def statically_equal(a: Any, b: Any) -> bool:

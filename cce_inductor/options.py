@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 from .compat import inductor_option_names
 
+Logits = Literal["lazy", "materialize", "refuse"]
 OnRefusal = Literal["log", "warn", "raise"]
 
 
@@ -24,6 +25,9 @@ class Options:
         to below 1. On a GPU, in bfloat16 and float16, it then skips the tiles of the softmax that matter least, none
         of them heavier than 1/128 of this, and puts their mass back as rows spread it on average. Faster the more
         peaked the softmax is. Elsewhere gradients are always exact.
+    logits: what becomes of logits that a program returns beside the loss. "lazy": they are computed from the hidden
+        states when something first reads them, which must be before the weight changes. "materialize": they are
+        computed with the loss, which is rewritten all the same. "refuse": such a loss is left as it is.
     on_refusal: what to do where a loss is found and can't be rewritten: "log" it, "warn" as well, or "raise"
         `RefusedError`. What is merely too small, or returns logits where no gradients are recorded, is only logged.
     """
@@ -33,6 +37,7 @@ class Options:
     min_logits_bytes: int = 16 << 20
     workspace_mib: int = 256
     on_refusal: OnRefusal = "log"
+    logits: Logits = "lazy"
     approximate_mass: float = 2.0**-4
 
     def __post_init__(self) -> None:
@@ -49,8 +54,9 @@ class Options:
             raise TypeError(f"option approximate_mass must be a number, got {self.approximate_mass!r}")
         if not 0 <= self.approximate_mass < 1:
             raise ValueError(f"option approximate_mass must be in [0, 1), got {self.approximate_mass}")
-        if self.on_refusal not in get_args(OnRefusal):
-            raise ValueError(f"option on_refusal must be one of {get_args(OnRefusal)}, got {self.on_refusal!r}")
+        for name, allowed in (("on_refusal", get_args(OnRefusal)), ("logits", get_args(Logits))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"option {name} must be one of {allowed}, got {getattr(self, name)!r}")
 
     @classmethod
     def split(cls, options: dict[str, Any] | None) -> tuple["Options", dict[str, Any]]:

@@ -28,6 +28,7 @@ class Rewrite:
     logit_map: the pointwise function between matmul and loss, "z" where there is none.
     operator_calls: passes over the vocabulary that serve all of the losses.
     logits_bytes: what the logits would have taken, as they enter the loss, in this run.
+    returned: what becomes of logits that the program returns too: "lazy", or "computed, because ..."; "" for none.
     """
 
     location: str
@@ -36,15 +37,18 @@ class Rewrite:
     logit_map: str
     operator_calls: int
     logits_bytes: int | None
+    returned: str = ""
 
     def __str__(self) -> str:
         rows, vocab, width = self.shape
         text = f"{_prefix(self.location)}rewrote {' + '.join(self.losses)} of [{rows}, {vocab}] logits (width {width})"
         if self.logit_map != "z":
             text += f", logit map {self.logit_map}"
+        if self.returned.startswith("computed"):
+            return f"{text}; the logits that are returned are {self.returned}"
         if self.logits_bytes is not None:
             text += f": {self.logits_bytes / 2**20:,.1f} MiB of logits are never stored"
-        return text
+        return text + (", those returned are lazy" if self.returned else "")
 
 
 @dataclass(frozen=True)

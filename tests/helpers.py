@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from cce_inductor import Options, Report
 from cce_inductor.compat import size_hint
 from cce_inductor.graph import driver
+from cce_inductor.graph.returned import LazyResults
 from cce_inductor.ops.library import scaled_loss, vocab_reductions
 
 EVERYTHING = Options(min_vocab=0, min_logits_bytes=0)
@@ -149,10 +150,11 @@ def run_compiled(
 
     def backend(module: GraphModule, inputs: list[Any]) -> Callable:
         result.before.append(Snapshot.of(module))
-        result.report.extend(driver.rewrite_module(module, options))
+        lazy = LazyResults(module.graph)
+        result.report.extend(driver.rewrite_module(module, options, lazy))
         result.after.append(Snapshot.of(module))
         result.modules.append(module)
-        return module.forward if lower is None else lower(module, inputs)
+        return lazy.around(module.forward if lower is None else lower(module, inputs))
 
     torch._dynamo.reset()
     compiled = torch.compile(function, backend=backend, dynamic=dynamic, fullgraph=fullgraph)

@@ -14,7 +14,8 @@ DEFAULTS = {
     "min_logits_bytes": 16 << 20,
     "workspace_mib": 256,
     "on_refusal": "log",
-    "approximate_mass": 0.0,
+    "approximate_mass": 2**-4,
+    "logits": "lazy",
 }
 
 
@@ -57,6 +58,12 @@ def test_approximate_mass_is_a_share_below_one(value, error):
 def test_on_refusal_is_one_of_three(value):
     with pytest.raises(ValueError, match=r"option on_refusal must be one of \('log', 'warn', 'raise'\), got"):
         Options(on_refusal=value)
+
+
+@pytest.mark.parametrize("value", ["LAZY", "computed", None, True])
+def test_logits_is_one_of_three(value):
+    with pytest.raises(ValueError, match=r"option logits must be one of \('lazy', 'materialize', 'refuse'\), got"):
+        Options(logits=value)
 
 
 def test_mode_is_a_string():

@@ -7,20 +7,33 @@ from ..report import Refusal, Report, log
 from .effects import inside_transforms
 from .logits import Refused
 from .merge import merge_calls
+from .returned import LazyResults
 from .rewrite import Rewriting, finish
 from .sites import Site, find_sites, is_worth_reporting, orphan_losses, refusal, why_not
 
+MATERIALIZE = 'the option logits is "materialize"'
+SUBGRAPH = "they leave a subgraph of the program (a checkpoint, for instance)"
+NO_CALLER = "the pass runs inside Inductor here, which does not hand lazy logits on"
 
-def rewrite_module(module: GraphModule, options: Options, nested: bool = False) -> Report:
+
+def rewrite_module(module: GraphModule, options: Options, lazy: LazyResults | None = None) -> Report:
     """Rewrites a module of Dynamo's in place, subgraphs of higher-order operators included; never raises.
 
-    nested: a subgraph of a higher-order operator, which may run again for a backward, as a checkpoint does.
     A site that can't be rewritten leaves its part of the graph as it was, and the reason in the report.
+    lazy: takes the logits among the module's results that the caller is to make; without it they are computed.
     """
+    not_lazy = MATERIALIZE if options.logits == "materialize" else NO_CALLER if lazy is None else None
+    return _rewrite_module(module, options, lazy, not_lazy, nested=False)
+
+
+def _rewrite_module(
+    module: GraphModule, options: Options, lazy: LazyResults | None, not_lazy: str | None, nested: bool
+) -> Report:
+    """nested: a subgraph of a higher-order operator, which may run again for a backward, as a checkpoint does."""
     report = Report()
     rewritings: list[Rewriting] = []
     try:
-        _rewrite_graph(module.graph, options, report, rewritings, nested)
+        _rewrite_graph(module.graph, options, not_lazy, report, rewritings, nested)
     except Exception as error:
         log.warning("the pass failed, the graph is compiled as it is", exc_info=True)
         for rewriting in reversed(rewritings):
@@ -32,13 +45,17 @@ def rewrite_module(module: GraphModule, options: Options, nested: bool = False) 
             finish(module.graph, rewritings)
             merge_calls(module.graph)
             module.recompile()
+        if lazy is not None:
+            lazy.found += [result for rewriting in rewritings for result in rewriting.lazy]
     for _, child in module.named_children():
         if isinstance(child, GraphModule):
-            report.extend(rewrite_module(child, options, nested=True))
+            report.extend(_rewrite_module(child, options, None, not_lazy or SUBGRAPH, nested=True))
     return report
 
 
-def _rewrite_graph(graph: Graph, options: Options, report: Report, rewritings: list[Rewriting], nested: bool) -> None:
+def _rewrite_graph(
+    graph: Graph, options: Options, not_lazy: str | None, report: Report, rewritings: list[Rewriting], nested: bool
+) -> None:
     transformed = inside_transforms(graph)
     sites = find_sites(graph)
     orphans = orphan_losses(graph, sites, transformed, options)
@@ -46,7 +63,7 @@ def _rewrite_graph(graph: Graph, options: Options, report: Report, rewritings: l
     # of two heads, two gradients of the weight would have to be kept until the backward
     once = not nested and len(worthwhile) == 1
     for site in worthwhile:
-        result = _try_rewrite(site, transformed, options, once)
+        result = _try_rewrite(site, transformed, options, once, not_lazy)
         if isinstance(result, Refusal):
             report.refused.append(result)
         else:
@@ -57,12 +74,14 @@ def _rewrite_graph(graph: Graph, options: Options, report: Report, rewritings: l
         graph.lint()
 
 
-def _try_rewrite(site: Site, transformed: set[Node], options: Options, once: bool) -> Rewriting | Refusal:
+def _try_rewrite(
+    site: Site, transformed: set[Node], options: Options, once: bool, not_lazy: str | None
+) -> Rewriting | Refusal:
     no = why_not(site, transformed, options)
     if no is not None:
         return no
     try:
-        return Rewriting(site, options, once)
+        return Rewriting(site, options, once, not_lazy)
     except Refused as refused:
         reason = str(refused)
     except Exception as error:

@@ -1,6 +1,7 @@
 """Writes new nodes into a graph and keeps track of them, with the fake value of each."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,9 +24,9 @@ class Emitter(GraphAppendingTracer):
         self._grad_enabled = True
 
     @contextlib.contextmanager
-    def at(self, node: Node, grad_enabled: bool) -> Iterator[None]:
-        """Inside the block, new nodes go before a node of the program and are reported as its line."""
-        self._origin, self._grad_enabled = node, grad_enabled
+    def at(self, node: Node, grad_enabled: bool, origin: Node | None = None) -> Iterator[None]:
+        """Inside the block, new nodes go before a node of the program and are reported as its line, or origin's."""
+        self._origin, self._grad_enabled = origin or node, grad_enabled
         with self.graph.inserting_before(node):
             yield
 
@@ -63,6 +64,10 @@ class Emitter(GraphAppendingTracer):
         if dims == 2:
             return hidden
         return self.call(torch.unsqueeze, hidden, 0) if dims == 1 else self.call(torch.flatten, hidden, 0, -2)
+
+    def sum(self, vectors: list[Node]) -> Node | None:
+        """Of vectors [V], None for none."""
+        return functools.reduce(functools.partial(self.call, torch.add), vectors) if vectors else None
 
     def rows(self, hidden: Replay) -> Proxy:
         """A tensor of the shape that the rows of the logits have."""

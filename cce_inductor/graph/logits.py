@@ -113,6 +113,10 @@ class DeferredLogits:
         """How many matrix products are added up."""
         return len(self.hidden.source.parts) if isinstance(self.hidden.source, Joined) else 1
 
+    def operands(self) -> list[Node]:
+        """Every node that computing them reads."""
+        return [node for replay in (self.hidden, self.weight, *self.biases) for node in replay.operands()]
+
     @property
     def ndim(self) -> int:
         return len(self.shape)

@@ -50,10 +50,11 @@ def _merge_calls(graph: Graph) -> None:
 
 
 def _key(call: Node, grad_enabled: bool) -> tuple:
-    """Equal for calls that differ in nothing but their rows."""
+    """Equal for calls that differ in nothing but their rows, and in which of the rows are read."""
     hidden, target = tensor_of(call.args[HIDDEN]), call.args[TARGET]
     shared = tuple(map(_expression, (arg for i, arg in enumerate(call.args) if i not in (HIDDEN, TARGET))))
-    return shared, target is None, hidden.dtype, hidden.requires_grad, grad_enabled, str(sorted(call.kwargs.items()))
+    how = sorted((name, value) for name, value in call.kwargs.items() if name != "skip_ignored")
+    return shared, target is None, hidden.dtype, hidden.requires_grad, grad_enabled, str(how)
 
 
 def _expression(arg: Any) -> Any:
@@ -118,7 +119,8 @@ def _emit(calls: list[Node], emitter: Emitter) -> list[tuple[Node, Node]]:
     args[HIDDEN] = emitter.call(torch.cat, hidden)
     if last.args[TARGET] is not None:
         args[TARGET] = emitter.call(torch.cat, [call.args[TARGET] for call in calls])
-    joint = emitter.call(vocab_reductions, *args, **last.kwargs)
+    how = {**last.kwargs, "skip_ignored": all(call.kwargs["skip_ignored"] for call in calls)}
+    joint = emitter.call(vocab_reductions, *args, **how)
     lengths = [_length(rows, emitter) for rows in hidden]
     replacements = []
     for k in range(RESULTS):

@@ -5,6 +5,7 @@ Every step can be undone until the old nodes go, and by then nothing is left tha
 
 import functools
 import operator
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node, Proxy
@@ -19,6 +20,7 @@ from .emitter import Emitter
 from .logits import Refused
 from .reductions import Results
 from .registry import operation, tensor_of
+from .returned import LazyResult, return_operands
 from .sites import Site, location, logits_bytes
 from .sweeps import Sweep, sweeps_of
 
@@ -26,39 +28,59 @@ from .sweeps import Sweep, sweeps_of
 class Rewriting:
     """One site with the new nodes in use and the old ones still there. `undo()` or `finish` ends it."""
 
-    def __init__(self, site: Site, options: Options, once: bool) -> None:
+    def __init__(self, site: Site, options: Options, once: bool, not_lazy: str | None) -> None:
         """Raises `Refused`, or whatever went wrong, with the graph as it was.
 
         once: whether the gradients may be computed in the forward: it is the only head that needs some, and the
             forward does not run again for the backward, as in a checkpoint.
+        not_lazy: why logits among the graph's results are to be computed; None where they may become `self.lazy`.
         """
         self._site = site
         self._graph = site.logits.matmul.graph
         self._order = list(self._graph.nodes)
         self._emitter = Emitter(self._graph)
         self._replaced: list[tuple[Node, Node, list[Node]]] = []
+        self._results: Any = None  # as they were when only the reductions were replaced
+        self.lazy: list[LazyResult] = []
         try:
-            self.report = self._rewrite(options, once)
+            self.report = self._rewrite(options, once, not_lazy)
         except BaseException:
             self.undo()
             raise
 
-    def _rewrite(self, options: Options, once: bool) -> Rewrite:
+    def _rewrite(self, options: Options, once: bool, not_lazy: str | None) -> Rewrite:
         sweeps = sweeps_of(self._site)
         once = once and sum(sweep.grad_enabled for sweep in sweeps) == 1
         replacements = [pair for sweep in sweeps for pair in _emit(sweep, self._site, self._emitter, options, once)]
         for node, replacement in replacements:
             _require_same(node, replacement)
-        report = _describe(self._site, len(sweeps))
-        for number in (number for reduction in self._site.reductions for number in reduction.logits.assumed):
+        in_use = [reduction.logits for reduction in self._site.reductions] + list(self._site.returned.values())
+        for number in (number for logits in in_use for number in logits.assumed):
             fix(number)
         for node, replacement in replacements:
             self._replaced.append((node, replacement, list(node.users)))
             node.replace_all_uses_with(replacement)
-        return report
+        return _describe(self._site, len(sweeps), self._return_logits(not_lazy))
+
+    def _return_logits(self, not_lazy: str | None) -> str:
+        """Lazily where that is possible; what became of them, in words."""
+        self._results = self._graph.output_node().args
+        computed = []
+        for node, logits in self._site.returned.items():
+            try:
+                if not_lazy is not None:
+                    raise Refused(not_lazy)
+                self.lazy.append(return_operands(self._site, node, logits, self._emitter))
+            except Refused as reason:
+                computed.append(str(reason))
+        if computed:
+            return f"computed, because {computed[0]}"
+        return "lazy" if self.lazy else ""
 
     def undo(self) -> None:
         """Leaves the graph as it was."""
+        if self._results is not None:
+            self._graph.output_node().args = self._results
         for node, replacement, users in reversed(self._replaced):
             for user in users:
                 user.replace_input_with(replacement, node)
@@ -90,16 +112,17 @@ def _emit(sweep: Sweep, site: Site, emitter: Emitter, options: Options, once: bo
     """(old node, its replacement) for each reduction of a sweep."""
     anchor = sweep.reductions[0].node
     logits = sweep.reductions[0].logits
-    operands = [*logits.hidden.operands(), *logits.weight.operands()]
-    operands += [node for bias in logits.biases for node in bias.operands()]
-    _require_unwritten(operands, site.logits.matmul, anchor)
+    _require_unwritten(logits.operands(), site.logits.matmul, anchor)
+    if sweep.grad_enabled:  # our backward reads the biases, which the program's does not
+        biases = [node for bias in logits.biases for node in bias.operands()]
+        _require_unwritten(biases, anchor, anchor.graph.output_node())
     with emitter.at(anchor, sweep.grad_enabled):
         target = sweep.target
         flat_target = None if target is None else _flat_target(target, emitter)
         factors = (
             emitter.as_matrix(logits.hidden.flat().emit(emitter.call)),
             logits.weight.emit(emitter.call),
-            _sum([bias.emit(emitter.call) for bias in logits.biases], emitter),
+            emitter.sum([bias.emit(emitter.call) for bias in logits.biases]),
         )
         if flat_target is not None and once and in_forward.applies(sweep, factors):
             loss = in_forward.emit(sweep.reductions[0], factors, flat_target, emitter, options)
@@ -147,20 +170,13 @@ def _flat_target(target: Node, emitter: Emitter) -> Node:
     return flat if tensor_of(flat).dtype == torch.int64 else emitter.call(torch.Tensor.long, flat)
 
 
-def _sum(vectors: list[Node], emitter: Emitter) -> Node | None:
-    total = None
-    for vector in vectors:
-        total = vector if total is None else emitter.call(torch.add, total, vector)
-    return total
-
-
 def _require_unwritten(tensors: list[Node], after: Node, before: Node) -> None:
     """An operand must not change between the place where the program reads it and the place where we do."""
     nodes = list(after.graph.nodes)
     write = first_write(nodes[nodes.index(after) + 1 : nodes.index(before)], tensors)
     if write is not None:
         raise Refused(
-            f"`{operation(write)}` at {location(write)} changes an operand in place before the loss is computed"
+            f"`{operation(write)}` at {location(write)} changes an operand in place that the loss is computed from"
         )
 
 
@@ -178,7 +194,7 @@ def _require_same(node: Node, replacement: Node) -> None:
         )
 
 
-def _describe(site: Site, operator_calls: int) -> Rewrite:
+def _describe(site: Site, operator_calls: int, returned: str) -> Rewrite:
     logits = site.logits
     rows = " x ".join(str(size) for size in logits.row_shape) or "1"
     return Rewrite(
@@ -188,4 +204,5 @@ def _describe(site: Site, operator_calls: int) -> Rewrite:
         logit_map=str(site.reductions[0].logits.logit_map),
         operator_calls=operator_calls,
         logits_bytes=logits_bytes(site),
+        returned=returned,
     )

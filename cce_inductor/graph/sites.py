@@ -15,7 +15,7 @@ from ..compat import size_hint, statically_equal
 from ..options import Options
 from ..report import Refusal
 from . import maps, masks, matmuls, rows, stacks  # noqa: F401 (they register their rules)
-from .effects import grad_modes, shares_memory, written
+from .effects import first_write, grad_modes, shares_memory, written
 from .logits import DeferredLogits, Refused
 from .reductions import Reduction
 from .registry import apply, operation, tensor_of
@@ -32,7 +32,19 @@ class Site:
     logits: DeferredLogits
     reductions: list[Reduction] = field(default_factory=list)
     escapes: dict[Node, str] = field(default_factory=dict)
+    returned: dict[Node, DeferredLogits] = field(default_factory=dict)  # those that are results of the graph
     chain: list[Node] = field(default_factory=list)  # the deferred values and the reductions, in graph order
+
+    def path(self, node: Node) -> set[Node]:
+        """The nodes that the logits go through from the matmul to a node, without it."""
+        deferred = set(self.chain) - {reduction.node for reduction in self.reductions}
+        path = {other for other in deferred if written(other) and other < node}
+        stack = [node]
+        while stack:
+            new = deferred.intersection(stack.pop().all_input_nodes) - path
+            path |= new
+            stack += new
+        return path
 
 
 def find_sites(graph: Graph) -> list[Site]:
@@ -57,6 +69,9 @@ def _follow(logits: DeferredLogits, position: dict[Node, int], others: dict[Node
     queued = set(queue)
     while queue:
         node = nodes[heapq.heappop(queue)]
+        if node.op == "output":
+            _note_returned(site, node, values)
+            continue
         site.chain.append(node)
         if node is not logits.matmul:
             try:
@@ -81,6 +96,15 @@ def _follow(logits: DeferredLogits, position: dict[Node, int], others: dict[Node
                 heapq.heappush(queue, position[user])
     others.update(values)
     return site
+
+
+def _note_returned(site: Site, output: Node, values: dict[Node, Any]) -> None:
+    for source in output.all_input_nodes:
+        value = values.get(source)
+        if isinstance(value, DeferredLogits):
+            site.returned[source] = value
+        elif value is not None and not isinstance(value, Reduction):
+            site.escapes[source] = "it is returned, so the logits are needed in memory"
 
 
 def _overwrite(node: Node, value: Any, values: dict[Node, Any]) -> None:
@@ -129,14 +153,23 @@ def why_not(site: Site, transformed: set[Node], options: Options) -> Refusal | N
     if not transformed.isdisjoint(site.chain):
         return refusal(matmul, "torch.func", TRANSFORMED)
     for node, reason in site.escapes.items():
-        if node.op != "output":
-            return refusal(node, operation(node), reason)
-    if site.escapes and site.reductions:
-        reason = "the logits are returned beside the loss; return the loss alone where nobody reads the logits"
-        return refusal(matmul, "return", reason)
-    if site.escapes:
+        return refusal(node, operation(node), reason)
+    if site.returned and site.reductions:
+        return _why_not_returned(site, options)
+    if site.returned:
         reason = "the logits are returned and no loss of them is in this graph; compile the loss with the model"
         return refusal(matmul, "return", reason, by_choice=not tensor_of(matmul).requires_grad)
+    return None
+
+
+def _why_not_returned(site: Site, options: Options) -> Refusal | None:
+    """Why logits that are returned beside the loss have to be computed as the program does it."""
+    if options.logits == "refuse":
+        reason = 'the logits are returned beside the loss, and the option logits is "refuse"'
+        return refusal(site.logits.matmul, "return", reason)
+    write = first_write(site.chain, site.chain)
+    if write is not None:
+        return refusal(write, operation(write), "logits that are returned beside the loss are written in place")
     return None
 
 
@@ -157,7 +190,7 @@ def is_worth_reporting(site: Site, options: Options) -> bool:
     if any(reduction.is_loss for reduction in site.reductions) or "log_softmax" in map(operation, site.chain):
         return True
     vocab = size_hint(site.logits.vocab_size)
-    only_returned = bool(site.escapes) and all(node.op == "output" for node in site.escapes)
+    only_returned = bool(site.returned) and not site.escapes
     return only_returned and vocab is not None and vocab >= max(options.min_vocab, 1024)
 
 

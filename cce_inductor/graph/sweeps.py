@@ -5,7 +5,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from .effects import first_write, grad_modes, never_written_after, written
+from .effects import first_write, grad_modes, never_written_after
 from .logits import DeferredLogits, Refused
 from .reductions import Reduction
 from .registry import operation
@@ -80,7 +80,7 @@ def sweeps_of(site: Site) -> list[Sweep]:
     sweeps: list[Sweep] = []
     for reduction in site.reductions:
         grad_enabled = modes[reduction.node]
-        if grad_enabled and not all(modes[node] for node in _path(reduction, site)):
+        if grad_enabled and not all(modes[node] for node in site.path(reduction.node)):
             raise Refused("the logits are computed without gradients and reduced with gradients enabled")
         admitting = (s for s in sweeps if s.admits(reduction, grad_enabled) and _make_available(reduction, s))
         home = next(admitting, None)
@@ -89,18 +89,6 @@ def sweeps_of(site: Site) -> list[Sweep]:
         else:
             home.reductions.append(reduction)
     return sweeps
-
-
-def _path(reduction: Reduction, site: Site) -> set[Node]:
-    """The nodes that the logits go through from the matmul to a reduction."""
-    deferred = set(site.chain) - {other.node for other in site.reductions}
-    path = {node for node in deferred if written(node) and node < reduction.node}
-    stack = [reduction.node]
-    while stack:
-        new = deferred.intersection(stack.pop().all_input_nodes) - path
-        path |= new
-        stack += new
-    return path
 
 
 def _make_available(reduction: Reduction, sweep: Sweep) -> bool:

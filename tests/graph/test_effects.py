@@ -158,8 +158,21 @@ def test_an_operand_written_between_product_and_loss(operand):
         return F.cross_entropy(x.view(-1, V), t.view(-1))
 
     given = (hidden(requires_grad=False), weight(requires_grad=False), bias(requires_grad=False), labels())
-    reason = "changes an operand in place before the loss is computed"
+    reason = "changes an operand in place that the loss is computed from"
     check_refused(program, *given, operation="cross_entropy", reason=reason)
+
+
+def test_a_bias_written_after_the_loss():
+    """Eager's backward does not read it, ours would."""
+
+    def program(h, w, b, t):
+        shift = b * 2
+        loss = F.cross_entropy(F.linear(h, w, shift).view(-1, V), t.view(-1))
+        shift.zero_()
+        return loss
+
+    reason = "changes an operand in place"
+    check_refused(program, hidden(), weight(), bias(), labels(), operation="cross_entropy", reason=reason, marker=None)
 
 
 def test_hidden_states_written_after_the_loss():

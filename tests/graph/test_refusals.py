@@ -33,24 +33,6 @@ def args(requires_grad=True):
 # ------------------------------------------------------------------------------------------ logits that are needed
 
 
-def test_logits_returned_beside_the_loss():
-    def program(h, w, t):
-        logits = F.linear(h, w)  # <-
-        return F.cross_entropy(logits.view(-1, V), t.view(-1)), logits
-
-    check_refused(program, *args(), operation="return", reason="return the loss alone where nobody reads the logits")
-
-
-def test_cast_logits_returned_beside_the_loss():
-    def program(h, w, t):
-        logits = F.linear(h, w).float()  # <-
-        return F.cross_entropy(logits.view(-1, V), t.view(-1)), {"logits": logits}["logits"]
-
-    half = torch.bfloat16
-    given = (hidden(dtype=half), weight(dtype=half), labels())
-    check_refused(program, *given, operation="return", reason="returned beside the loss")
-
-
 def large_head(requires_grad):
     return hidden(20, D, requires_grad=requires_grad), weight(1500, D, requires_grad=requires_grad)
 

@@ -23,6 +23,7 @@ import transformers
 
 import cce_inductor
 from cce_inductor.graph.driver import rewrite_module
+from cce_inductor.graph.returned import LazyResults
 
 EVERYTHING = {"min_vocab": 0, "min_logits_bytes": 0}
 TIMEOUT = 120  # seconds, to build a model or to compare it
@@ -70,8 +71,9 @@ def _compare(kind, name, model, function, given, eager, through_inductor) -> Res
     reports = []
 
     def pass_alone(module, _):
-        reports.append(rewrite_module(module, cce_inductor.Options(**EVERYTHING)))
-        return module.forward
+        lazy = LazyResults(module.graph)
+        reports.append(rewrite_module(module, cce_inductor.Options(**EVERYTHING), lazy))
+        return lazy.around(module.forward)
 
     torch._dynamo.reset()
     torch.manual_seed(0)

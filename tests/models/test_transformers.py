@@ -1,4 +1,4 @@
-"""Real architectures of transformers, tiny and random: each loss is rewritten, and does what eager does.
+"""Real architectures of transformers, tiny and random: untouched: each loss is rewritten, and does what eager does.
 
 `sweep.py` does the same for all that can be built; these stand for the classes of forms that were found there.
 """
@@ -13,6 +13,8 @@ import tiny
 
 from cce_inductor import backend as ours
 from cce_inductor.graph.driver import rewrite_module
+from cce_inductor.graph.returned import LazyResults
+from cce_inductor.lazy_logits import LazyLogits
 
 ARCHITECTURES = {
     "causal": {
@@ -52,26 +54,31 @@ def test_architecture(kind, name):
     reports, graphs = [], []
 
     def backend(module, inputs):
-        reports.append(rewrite_module(module, EVERYTHING))
+        lazy = LazyResults(module.graph)
+        reports.append(rewrite_module(module, EVERYTHING, lazy))
         graphs.append(module)
-        return module.forward
+        return lazy.around(module.forward)
 
     backend.__module__ = ours.__name__  # what the real backend leaves out while it traces is left out here too
     torch._dynamo.reset()
     torch.manual_seed(0)
-    loss = torch.compile(lambda: model(**given).loss, backend=backend)()
+    mine = torch.compile(model, backend=backend)(**given)
     torch.manual_seed(0)
-    eager = model(**given).loss
+    theirs = model(**given)
+    loss, eager = mine.loss, theirs.loss
     assert sum(len(report.rewritten) for report in reports) == 1, reports
     assert not any(report.refused for report in reports), reports
     assert_no_logits(graphs)
+    assert type(mine.logits) is LazyLogits
+    assert not mine.logits.is_computed
+    torch.testing.assert_close(mine.logits.detach() + 0, theirs.logits.detach(), rtol=1e-4, atol=1e-5)
     assert loss.dtype == eager.dtype
     torch.testing.assert_close(loss, eager, rtol=1e-5, atol=0)
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    for name, mine, theirs in zip(names, gradients(model, loss), gradients(model, eager), strict=True):
-        assert (mine is None) == (theirs is None), name
-        if theirs is not None:
-            assert (mine - theirs).norm() <= 1e-4 * theirs.norm() + 1e-7, name
+    for name, one, other in zip(names, gradients(model, loss), gradients(model, eager), strict=True):
+        assert (one is None) == (other is None), name
+        if other is not None:
+            assert (one - other).norm() <= 1e-4 * other.norm() + 1e-7, name
 
 
 def assert_no_logits(graphs):

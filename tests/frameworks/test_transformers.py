@@ -1,0 +1,181 @@
+"""Untouched models of transformers, tiny and random: the loss is rewritten, and the logits of the output are lazy."""
+
+import copy
+
+import pytest
+import torch
+from helpers import EVERYTHING
+from torch._dynamo.backends.debugging import aot_eager
+
+import cce_inductor
+from cce_inductor.graph.driver import rewrite_module
+from cce_inductor.graph.returned import LazyResults
+from cce_inductor.lazy_logits import LazyLogits
+
+reason = "needs transformers: pip install cce_inductor[models]"
+transformers = pytest.importorskip("transformers", reason=reason)
+
+V = 211
+DECODER = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "vocab_size": V,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+BERT = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": V,
+    "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+}  # fmt: skip
+T5 = {
+    "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": V, "dropout_rate": 0.0,
+    "decoder_start_token_id": 0,
+}  # fmt: skip
+BART = {
+    "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "vocab_size": V, "dropout": 0.0,
+    "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "decoder_start_token_id": 2, "forced_eos_token_id": 2,
+}  # fmt: skip
+MODELS = {
+    "Llama": ("LlamaForCausalLM", "LlamaConfig", DECODER),
+    "Qwen 3, tied": ("Qwen3ForCausalLM", "Qwen3Config", DECODER | {"tie_word_embeddings": True}),
+    "Gemma 2, soft cap": ("Gemma2ForCausalLM", "Gemma2Config", DECODER),
+    "Cohere, scaled": ("CohereForCausalLM", "CohereConfig", DECODER),
+    "BERT": ("BertForMaskedLM", "BertConfig", BERT),
+    "T5": ("T5ForConditionalGeneration", "T5Config", T5),
+    "BART, bias added later": ("BartForConditionalGeneration", "BartConfig", BART),
+}
+
+
+def make(architecture, config, arguments, dtype=torch.float32):
+    torch.manual_seed(0)
+    config = getattr(transformers, config)(**arguments)
+    return getattr(transformers, architecture)(config).to(dtype)
+
+
+def batch():
+    ids = torch.randint(3, V, (2, 12), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "labels": ids.masked_fill(torch.arange(12) < 3, -100)}
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(model):
+    """The compiled model, and the reports of its graphs."""
+    reports = []
+
+    def backend(module, inputs):
+        lazy = LazyResults(module.graph)
+        reports.append(rewrite_module(module, EVERYTHING, lazy))
+        return lazy.around(aot_eager(module, inputs))
+
+    return torch.compile(model, backend=backend), reports
+
+
+def assert_same_gradients(mine, theirs):
+    """Up to rounding of the largest of the model: some are zero but for rounding."""
+    largest = max(p.grad.abs().max() for p in theirs.parameters() if p.grad is not None)
+    for (name, one), other in zip(mine.named_parameters(), theirs.parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None), name
+        if other.grad is not None:
+            assert (one.grad - other.grad).abs().max() <= 1e-5 * largest, name
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_loss_logits_and_gradients_are_eagers(model):
+    eager = make(*model).train()
+    mine = copy.deepcopy(eager)
+    function, reports = compiled(mine)
+    out, reference = function(**batch()), eager(**batch())
+    [rewrite] = [rewrite for report in reports for rewrite in report.rewritten]
+    assert rewrite.returned == "lazy"
+    assert type(out.logits) is LazyLogits
+    assert not out.logits.is_computed
+    assert (out.logits.shape, out.logits.dtype) == (reference.logits.shape, reference.logits.dtype)
+    torch.testing.assert_close(out.loss, reference.loss)
+    for result in (out, reference):
+        (result.loss + result.logits.float().square().mean()).backward()
+    torch.testing.assert_close(out.logits.detach() + 0, reference.logits.detach())
+    assert_same_gradients(mine, eager)
+
+
+@pytest.mark.parametrize("as_tuple", [False, True])
+def test_the_loss_alone(as_tuple):
+    eager = make(*MODELS["Llama"]).train()
+    mine = copy.deepcopy(eager)
+    out = compiled(mine)[0](**batch(), return_dict=not as_tuple)
+    loss, logits = out[:2] if as_tuple else (out.loss, out.logits)
+    loss.backward()
+    eager(**batch()).loss.backward()
+    assert not logits.is_computed
+    assert_same_gradients(mine, eager)
+
+
+def test_evaluation_and_generation():
+    eager = make(*MODELS["Llama"]).eval()
+    function, _ = compiled(copy.deepcopy(eager))
+    with torch.no_grad():
+        out, reference = function(**batch()), eager(**batch())
+        assert not out.logits.requires_grad
+        torch.testing.assert_close(out.logits.argmax(-1), reference.logits.argmax(-1))
+        ids = batch()["input_ids"]
+        how = {"max_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+        assert torch.equal(function.generate(ids, **how), eager.generate(ids, **how))
+
+
+def test_accelerate_converts_outputs_to_float32():
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate: pip install cce_inductor[models]")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    model = make(*MODELS["Llama"]).train()
+    with torch.no_grad():
+        reference = model(**batch()).logits
+    accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    prepared = accelerator.prepare(compiled(model)[0])
+    out = prepared(**batch())
+    assert type(out.logits) is LazyLogits
+    assert out.logits.dtype == torch.float32
+    assert not out.logits.is_computed
+    accelerator.backward(out.loss)
+    assert model.lm_head.weight.grad is not None
+    gathered = accelerator.gather_for_metrics(out.logits.detach())
+    torch.testing.assert_close(gathered + 0, reference, rtol=0.05, atol=0.02)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_trainer(tmp_path):
+    """Training in bfloat16 with accumulated gradients, evaluation with metrics, prediction."""
+    pytest.importorskip("accelerate", reason="needs accelerate: pip install cce_inductor[models]")
+    data = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, V, (8, 12))]
+    start = make(*MODELS["Llama"])
+
+    def accuracy(prediction):
+        return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+    def train(torch_compile):
+        torch._dynamo.reset()
+        arguments = transformers.TrainingArguments(
+            str(tmp_path), torch_compile=torch_compile, bf16=True, use_cpu=True, max_steps=3, seed=1,
+            per_device_train_batch_size=2, gradient_accumulation_steps=2, per_device_eval_batch_size=4,
+            learning_rate=1e-2, logging_steps=1, eval_strategy="steps", eval_steps=3, save_strategy="no",
+            report_to=[], disable_tqdm=True,
+        )  # fmt: skip
+        trainer = transformers.Trainer(
+            copy.deepcopy(start), arguments, train_dataset=data, eval_dataset=data, compute_metrics=accuracy
+        )
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        return losses, trainer.evaluate(), trainer.predict(data).predictions
+
+    with cce_inductor.enable(min_vocab=0, min_logits_bytes=0), cce_inductor.capture_reports() as reports:
+        losses, scores, predictions = train(torch_compile=True)
+    eager_losses, eager_scores, eager_predictions = train(torch_compile=False)
+    assert {rewrite.returned for report in reports for rewrite in report.rewritten} == {"lazy"}
+    assert len(losses) == 3
+    assert losses == pytest.approx(eager_losses, rel=1e-3)
+    assert scores["eval_loss"] == pytest.approx(eager_scores["eval_loss"], rel=1e-3)
+    assert predictions.shape == eager_predictions.shape == (8, 12, V)
+    assert abs(predictions - eager_predictions).max() < 0.1
