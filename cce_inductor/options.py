@@ -20,6 +20,8 @@ class Options:
         0 rewrites every head.
     min_logits_bytes: the least memory, in bytes, that the logits would have to take, in the dtype that enters the
         loss. 0 rewrites every problem.
+    min_flops: the fewest floating-point operations of the logits, 2 N V D, worth rewriting on a GPU in 16 bits. Below,
+        or with fewer than 2048 rows, torch.compile's loss is faster. 0 rewrites every problem.
     workspace_mib: scratch memory of the backward in MiB. More makes it faster up to a point.
     approximate_mass: how much of each row's probability mass the backward may approximate, from 0 (exact gradients)
         to below 1. On a GPU, in bfloat16 and float16, it then skips the tiles of the softmax that matter least, none
@@ -35,6 +37,7 @@ class Options:
     mode: str | None = None
     min_vocab: int = 4096
     min_logits_bytes: int = 16 << 20
+    min_flops: int = 10**12
     workspace_mib: int = 256
     on_refusal: OnRefusal = "log"
     logits: Logits = "lazy"
@@ -44,7 +47,7 @@ class Options:
         """Raises TypeError or ValueError, naming the option, for a value that can't be used."""
         if not (self.mode is None or isinstance(self.mode, str)):
             raise TypeError(f"option mode must be a string or None, got {self.mode!r}")
-        for name, least in (("min_vocab", 0), ("min_logits_bytes", 0), ("workspace_mib", 1)):
+        for name, least in (("min_vocab", 0), ("min_logits_bytes", 0), ("min_flops", 0), ("workspace_mib", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"option {name} must be an int, got {value!r}")

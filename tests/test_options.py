@@ -12,6 +12,7 @@ DEFAULTS = {
     "mode": None,
     "min_vocab": 4096,
     "min_logits_bytes": 16 << 20,
+    "min_flops": 10**12,
     "workspace_mib": 256,
     "on_refusal": "log",
     "approximate_mass": 2**-4,
@@ -28,7 +29,7 @@ def test_they_cannot_be_changed():
         Options().min_vocab = 3
 
 
-@pytest.mark.parametrize("name", ["min_vocab", "min_logits_bytes", "workspace_mib"])
+@pytest.mark.parametrize("name", ["min_vocab", "min_logits_bytes", "min_flops", "workspace_mib"])
 @pytest.mark.parametrize("value", [True, 1.5, "7", None, [1]], ids=repr)
 def test_numbers_must_be_ints(name, value):
     with pytest.raises(TypeError, match=f"option {name} must be an int, got"):
@@ -41,7 +42,7 @@ def test_numbers_have_a_least_value(name, value):
         Options(**{name: value})
 
 
-@pytest.mark.parametrize("name", ["min_vocab", "min_logits_bytes"])
+@pytest.mark.parametrize("name", ["min_vocab", "min_logits_bytes", "min_flops"])
 def test_zero_is_allowed(name):
     assert getattr(Options(**{name: 0}), name) == 0
 

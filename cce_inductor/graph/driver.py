@@ -63,7 +63,8 @@ def _rewrite_graph(
     # of two heads, two gradients of the weight would have to be kept until the backward
     once = not nested and len(worthwhile) == 1
     for site in worthwhile:
-        result = _try_rewrite(site, transformed, options, once, not_lazy)
+        joined = [other for other in worthwhile if other.logits.weight == site.logits.weight]
+        result = _try_rewrite(site, joined, transformed, options, once, not_lazy)
         if isinstance(result, Refusal):
             report.refused.append(result)
         else:
@@ -75,9 +76,9 @@ def _rewrite_graph(
 
 
 def _try_rewrite(
-    site: Site, transformed: set[Node], options: Options, once: bool, not_lazy: str | None
+    site: Site, joined: list[Site], transformed: set[Node], options: Options, once: bool, not_lazy: str | None
 ) -> Rewriting | Refusal:
-    no = why_not(site, transformed, options)
+    no = why_not(site, joined, transformed, options)
     if no is not None:
         return no
     try:

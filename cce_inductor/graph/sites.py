@@ -21,6 +21,7 @@ from .reductions import Reduction
 from .registry import apply, operation, tensor_of
 
 LOSSES = ("cross_entropy", "nll_loss")
+FEWEST_GPU_ROWS = 2048  # with fewer, reading the weight takes longer than what is done with it
 ORPHANED = "its logits are no product with a weight in this graph: an input, or the graph broke before the loss"
 TRANSFORMED = "the loss is computed under a torch.func transform; the operators have no rules for those"
 
@@ -141,13 +142,14 @@ def _absorb(site: Site, node: Node, sum_of_products: DeferredLogits, others: dic
     site.logits = replace(site.logits, **parts)
 
 
-def why_not(site: Site, transformed: set[Node], options: Options) -> Refusal | None:
+def why_not(site: Site, joined: list[Site], transformed: set[Node], options: Options) -> Refusal | None:
     """Why a site should stay as it is, by what is known of it alone; None where it can be rewritten.
 
+    joined: the sites on the same weight, which may become one operator call, this one among them.
     transformed: the nodes that run under a torch.func transform.
     """
     matmul = site.logits.matmul
-    small = _too_small(site, options)
+    small = _too_small(site, joined, options)
     if small is not None:
         return small
     if not transformed.isdisjoint(site.chain):
@@ -173,16 +175,48 @@ def _why_not_returned(site: Site, options: Options) -> Refusal | None:
     return None
 
 
-def _too_small(site: Site, options: Options) -> Refusal | None:
+def _too_small(site: Site, joined: list[Site], options: Options) -> Refusal | None:
     vocab, size = size_hint(site.logits.vocab_size), logits_bytes(site)
     if vocab is not None and vocab < options.min_vocab:
         reason = f"{vocab} classes are fewer than min_vocab={options.min_vocab}: too few to gain; 0 rewrites all"
     elif size is not None and size < options.min_logits_bytes:
         reason = f"the logits take {size} bytes, less than min_logits_bytes={options.min_logits_bytes}; 0 rewrites all"
+    elif (quick := _too_quick(joined, options)) is not None:
+        reason = quick
     else:
         return None
     name = site.reductions[0].name if site.reductions else "return"
     return refusal(site.logits.matmul, name, reason, by_choice=True)
+
+
+def _too_quick(joined: list[Site], options: Options) -> str | None:
+    """Why a loss would get slower on a GPU: what starts the kernels there takes longer than they run."""
+    logits = joined[0].logits
+    if logits.compute_dtype.itemsize > 2 or not on_gpu(logits.matmul):
+        return None
+    sizes = [size_hint(size) for size in (logits.vocab_size, logits.width)]
+    sizes += [size_hint(math.prod(site.logits.row_shape)) for site in joined]
+    known = [size for size in sizes if size is not None]
+    if len(known) < len(sizes):
+        return None
+    vocab, width, *row_counts = known
+    flops = 2 * sum(row_counts) * vocab * width
+    if flops < options.min_flops:
+        return (
+            f"the logits take {flops:.1e} operations, less than min_flops={options.min_flops:.1e}: "
+            "on a GPU Inductor's loss is faster; 0 rewrites all, which saves memory"
+        )
+    if options.min_flops > 0 and sum(row_counts) < FEWEST_GPU_ROWS:
+        return (
+            f"{sum(row_counts)} rows are fewer than {FEWEST_GPU_ROWS}: on a GPU Inductor's loss is faster; "
+            "min_flops=0 rewrites all, which saves memory"
+        )
+    return None
+
+
+def on_gpu(node: Node) -> bool:
+    """Whether the value of a node is on a GPU."""
+    return tensor_of(node).device.type == "cuda"
 
 
 def is_worth_reporting(site: Site, options: Options) -> bool:

@@ -24,6 +24,7 @@ from helpers import (
 from torch._dynamo.exc import BackendCompilerFailed
 
 from cce_inductor import Options, RefusedError, cce_backend
+from cce_inductor.graph import sites
 
 
 def args(requires_grad=True):
@@ -251,6 +252,35 @@ def test_smaller_logits_than_min_logits_bytes(dtype, dynamic):
     check(program, *given, options=Options(min_vocab=0, min_logits_bytes=size), dynamic=dynamic)
 
 
+def test_fewer_operations_than_min_flops_on_a_gpu(monkeypatch):
+    """Chunks on one weight count together, as they become one call. float32 and a CPU have no such limit."""
+
+    def program(h, w, t):
+        first, second = (
+            F.cross_entropy(F.linear(x, w).view(-1, V), y.reshape(-1))
+            for x, y in zip(h.chunk(2, 1), t.chunk(2, 1), strict=True)
+        )
+        return first + second
+
+    def report_of(dtype, min_flops):
+        options = Options(min_vocab=0, min_logits_bytes=0, min_flops=min_flops)
+        return run_compiled(program, hidden(dtype=dtype), weight(dtype=dtype), labels(), options=options).report
+
+    flops = 2 * B * S * V * D
+    monkeypatch.setattr(sites, "FEWEST_GPU_ROWS", B * S)
+    assert len(report_of(torch.bfloat16, flops + 1).rewritten) == 2
+    monkeypatch.setattr(sites, "on_gpu", lambda node: True)
+    assert len(report_of(torch.bfloat16, flops).rewritten) == 2
+    assert len(report_of(torch.float32, flops + 1).rewritten) == 2
+    refused = report_of(torch.bfloat16, flops + 1).refused
+    monkeypatch.setattr(sites, "FEWEST_GPU_ROWS", B * S + 1)
+    refused += report_of(torch.bfloat16, 1).refused
+    assert [refusal.by_choice for refusal in refused] == [True] * 4
+    assert all("less than min_flops=" in refusal.reason for refusal in refused[:2])
+    assert all(f"{B * S} rows are fewer than {B * S + 1}" in refusal.reason for refusal in refused[2:])
+    assert len(report_of(torch.bfloat16, 0).rewritten) == 2
+
+
 def test_a_small_head_is_refused_by_choice_whatever_else_reads_it():
     """The router of a mixture of experts has a z-loss on logits that it also needs."""
 
@@ -324,4 +354,4 @@ def test_a_refusal_by_choice_is_only_logged(on_refusal):
 
 
 def test_everything_is_the_option_of_these_tests():
-    assert Options(min_vocab=0, min_logits_bytes=0) == EVERYTHING
+    assert Options(min_vocab=0, min_logits_bytes=0, min_flops=0) == EVERYTHING
