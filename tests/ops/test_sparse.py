@@ -26,7 +26,7 @@ def _few_sampled_rows(monkeypatch):
 
 def make(rows, vocab, width, **options):
     """A problem that the sparse backward takes, with a softmax peaked as a trained model's, and gradients of a loss."""
-    case = Case(rows, vocab, width, bias=False, total=False, class_weight=False, **options)
+    case = Case(rows, vocab, width, **{"bias": False, "total": False, "class_weight": False} | options)
     case.hidden = case.hidden * 4
     counts = case.targets != case.ignore_index
     case.grads[0] = torch.where(counts, case.grads[0].abs(), 0.0)
@@ -41,7 +41,8 @@ def backward(case, mass, workspace_bytes=1 << 16):
 
 
 def tile_lse(case, problem):
-    x = problem.logit_map(case.hidden.double() @ case.weight.double().T)
+    bias = 0.0 if case.bias_vector is None else case.bias_vector.double()
+    x = problem.logit_map(case.hidden.double() @ case.weight.double().T + bias)
     return torch.stack([tile.logsumexp(1) for tile in x.split(TILE_WIDTH, dim=1)]).float()
 
 
@@ -58,11 +59,18 @@ def all_active(problem, lse, tiles, grads):
     width=st.integers(1, 40),
     logit_map=st.sampled_from(MAPS),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    bias=st.booleans(),
+    dense_share=st.sampled_from([0.0, 1.0]),
     workspace_bytes=st.sampled_from([1, 8192, 1 << 20]),
 )
-def test_nothing_skipped_is_no_worse_than_eager(rows, vocab, width, logit_map, dtype, workspace_bytes):
-    case = make(rows, vocab, width, logit_map=logit_map, dtype=dtype)
-    gradients = backward(case, 0.0, workspace_bytes)[:2]
+def test_nothing_skipped_is_no_worse_than_eager(
+    rows, vocab, width, logit_map, dtype, bias, dense_share, workspace_bytes
+):
+    """Whether the rows are listed in each tile or, as dense ones, once; with a bias that needs no gradient too."""
+    case = make(rows, vocab, width, logit_map=logit_map, dtype=dtype, bias=bias)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row_lists, "DENSE_SHARE", dense_share)
+        gradients = backward(case, 0.0, workspace_bytes)[:2]
     allowances = uncertainty(case, interpreted=True)
     for i, gradient in enumerate(gradients, start=3):
         assert_no_worse([gradient], [exact(case)[i]], [eager(case)[i]], [allowances[i]])
