@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .blocks import ALIGNMENT, Fill, exact_backward
+from .counted import counted_rows, spread, with_rows
 from .kept import KeptLogits
 from .problem import MIB, Problem, spans
 
@@ -71,6 +72,11 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """lse, picked, total and lse_rest, each [N]; an empty tile_lse."""
     if not problem.hidden.is_cuda:
         check_targets(problem)
+    counted = counted_rows(problem)
+    if counted is not None:
+        vectors = forward(with_rows(problem, counted))[:4]
+        lse, picked, total, lse_rest = (spread(vector, counted, problem.num_rows) for vector in vectors)
+        return lse, picked, total, lse_rest, problem.tile_lse(0)
     results = reduce_rows(problem, slice(0, problem.num_rows), *block_shape(problem), KeptLogits())
     return *results, problem.tile_lse(0)
 
@@ -131,6 +137,11 @@ def backward(
     problem: Problem, lse: Tensor, tile_lse: Tensor, grads: list[Tensor], needs_grad: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias for the gradients [lse, picked, total] of the results; always exact."""
+    counted = counted_rows(problem)
+    if counted is not None:
+        part = with_rows(problem, counted)
+        few, grad_weight, grad_bias = backward(part, lse[counted], tile_lse, [g[counted] for g in grads], needs_grad)
+        return spread(few, counted, problem.num_rows) if needs_grad[0] else few, grad_weight, grad_bias
     return exact_backward(problem, needs_grad, *block_shape(problem), gradient_of(problem, lse, grads, KeptLogits()))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import cpu, cuda
 from .blocks import Gradients, add_rows
+from .counted import counted_rows, spread, with_rows
 from .kept import KeptLogits
 from .problem import Problem, spans
 
@@ -31,6 +32,11 @@ def loss_and_gradients(
     """(loss, grad_hidden, grad_weight, grad_bias); gradients are empty where not needed."""
     assert problem.target is not None
     (cuda.assert_targets if problem.hidden.is_cuda else cpu.check_targets)(problem)
+    counted = counted_rows(problem)
+    if counted is not None:
+        part = with_rows(problem, counted)
+        loss, few, grad_weight, grad_bias = loss_and_gradients(part, coefficient[counted], needs_grad)
+        return loss, spread(few, counted, problem.num_rows) if needs_grad[0] else few, grad_weight, grad_bias
     counts = torch.ones_like(problem.target, dtype=torch.bool)
     if problem.ignore_index is not None:
         counts = problem.target != problem.ignore_index

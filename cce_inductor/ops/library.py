@@ -104,7 +104,7 @@ def _scaled_loss(
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with _plain_context(hidden):
-        problem = Problem.of(hidden, weight, bias, target, None, want_total=False, **options)
+        problem = Problem.of(hidden, weight, bias, target, None, want_total=False, skip_ignored=True, **options)
         return in_forward.loss_and_gradients(problem, coefficient.to(problem.accumulate_dtype), needs_grad)
 
 
