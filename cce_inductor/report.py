@@ -117,20 +117,28 @@ class Report:
 
     def __str__(self) -> str:
         lines = [self.title]
-        for graph in range(1, self.graphs + 1):
-            part = [line for entry in self._entries(graph) for line in _lines(entry)]
-            if part and self.graphs > 1:
-                lines.append(f"  graph {graph}:")
-            lines += part
+        for graph, entries in self._by_graph().items():
+            lines += [f"  graph {graph}:"] if self._tells_graphs_apart() else []
+            lines += [line for entry in entries for line in _lines(entry)]
         return "\n".join(lines + [f"  {line}" for line in self._nothing()])
 
-    def _entries(self, graph: int) -> list[Rewrite | Refusal]:
-        return [entry for entry in (*self.rewritten, *self.refused) if entry.graph == graph]
+    @property
+    def _entries(self) -> list[Rewrite | Refusal]:
+        return [*self.rewritten, *self.refused]
+
+    def _by_graph(self) -> dict[int, list[Rewrite | Refusal]]:
+        found: dict[int, list[Rewrite | Refusal]] = {}
+        for entry in sorted(self._entries, key=lambda entry: entry.graph):
+            found.setdefault(entry.graph, []).append(entry)
+        return found
+
+    def _tells_graphs_apart(self) -> bool:
+        return any(entry.graph > 1 for entry in self._entries)
 
     def _nothing(self) -> list[str]:
         if self.graphs == 0:
             return [NO_GRAPH]
-        return [] if self.rewritten or self.refused else [NOTHING, f"what to do: {NOTHING_ADVICE}"]
+        return [] if self._entries else [NOTHING, f"what to do: {NOTHING_ADVICE}"]
 
     def __rich__(self) -> Any:
         from rich.markup import escape
@@ -138,9 +146,9 @@ class Report:
 
         table = Table("where", "logits", "outcome", "saved", title=self.title, title_justify="left", show_lines=True)
         table.columns[0].overflow = "fold"
-        for graph in range(1, self.graphs + 1):
-            for entry in self._entries(graph):
-                where = entry.location if self.graphs == 1 else f"{entry.location} (graph {graph})"
+        for graph, entries in self._by_graph().items():
+            for entry in entries:
+                where = entry.location + (f" (graph {graph})" if self._tells_graphs_apart() else "")
                 row = [where, entry.chain, _outcome(entry), _saved(entry)]
                 table.add_row(*map(escape, row), style="" if isinstance(entry, Rewrite) else "yellow")
         table.caption = "\n".join(self._nothing()) or None

@@ -22,7 +22,9 @@ from .registry import apply, operation, tensor_of
 
 LOSSES = ("cross_entropy", "nll_loss")
 FEWEST_GPU_ROWS = 2048  # with fewer, reading the weight takes longer than what is done with it
-ORPHANED = "its logits are no product with a weight in this graph"
+ORPHANED = (
+    "its logits are no product with a weight in this graph; where the product is outside of it, compile both together"
+)
 TRANSFORMED = (
     "the loss is computed under a torch.func transform, for which the operators have no rules; "
     "use backward() or torch.autograd.grad"
@@ -284,15 +286,14 @@ def orphan_losses(graph: Graph, sites: list[Site], transformed: set[Node], optio
 
 def _orphan(loss: Node, vocab: Any) -> Refusal:
     """A loss of logits that no known product makes: an input of the graph, or something else."""
-    node: Any = loss
-    while operation(node) not in matmuls.FORMS and node.all_input_nodes:
-        source = tensor_of(node.all_input_nodes[0])
-        if source is None or not any(statically_equal(size, vocab) for size in source.shape):
-            break
-        node = node.all_input_nodes[0]
-    if node.op != "placeholder":
-        return refusal(loss, operation(loss), ORPHANED, otherwise=TOGETHER)
-    reason = f"its logits are an input of this graph, `{words.name(node)}`, and their product is in none or another"
+    node = loss.all_input_nodes[0]
+    while len(sources := [source for source in node.all_input_nodes if tensor_of(source) is not None]) == 1:
+        [node] = sources
+    if node.op != "placeholder" or not any(statically_equal(size, vocab) for size in tensor_of(node).shape):
+        return refusal(loss, operation(loss), ORPHANED)
+    reason = (
+        f"its logits are an input of this graph, `{words.name(node)}`: their product is compiled apart or not at all"
+    )
     return refusal(loss, operation(loss), reason, advice=TOGETHER, chain=f"{words.name(node)} -> {words.loss(loss)}")
 
 

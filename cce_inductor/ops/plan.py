@@ -36,4 +36,5 @@ def plan(
     tma = has_tma(device) and width * dtype.itemsize % 16 == 0
     kept = cuda.kept_tiles(device, vocab_size, dtype, False, approximate_mass)
     skips = kept > 0 and sparse.worthwhile(problem, [True, True, False])
-    return f"Triton kernels, operands loaded {'by TMA' if tma else 'by pointers'}, {'sparse' if skips else 'exact'} backward"
+    loads, backward = "TMA" if tma else "pointers", "sparse" if skips else "exact"
+    return f"Triton kernels, operands loaded by {loads}, {backward} backward"
