@@ -198,5 +198,5 @@ def _errors(
 def _loss_and_gradients(model: torch.nn.Module, hidden: Tensor, target: Tensor, run: Callable | None = None) -> list:
     """run: the compiled model, where it is to run in place of the model."""
     hidden = hidden.detach().clone().requires_grad_()
-    loss = (run or model)(hidden, target)
+    loss = (model if run is None else run)(hidden, target)
     return [loss.detach(), *torch.autograd.grad(loss, [hidden, *model.parameters()])]
