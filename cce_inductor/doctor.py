@@ -81,7 +81,7 @@ def _versions() -> Iterator[Finding]:
     advice = "" if numbers >= OLDEST_TORCH else f"install torch {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} or newer"
     yield Finding("torch", torch.__version__, not advice, advice)
     yield Finding("triton", triton.__version__)
-    yield Finding("python", f"{platform.python_version()} on {platform.platform()}")
+    yield Finding("python", f"{platform.python_version()}, {platform.system()} {platform.machine()}")
 
 
 def _device(device: torch.device) -> Finding:

@@ -96,7 +96,7 @@ def _prefix(location: str) -> str:
 
 
 NOTHING = "no loss over the logits of a classifier head was found"
-NOTHING_ADVICE = "compile head and loss together: one function that calls the model and then the loss"
+NOTHING_ADVICE = "compile head and loss together, as one function that calls the model and then the loss"
 NO_GRAPH = "nothing was compiled; is torch.compile turned off (TORCHDYNAMO_DISABLE, TORCH_COMPILE_DISABLE)?"
 
 

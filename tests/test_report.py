@@ -281,7 +281,7 @@ def test_explain_says_that_head_and_loss_are_apart(apart):
         report = explain(loss, OPTIONS)(hidden(B, S, V), labels())
     [refusal] = report.refused
     assert refusal.reason == (
-        "its logits are an input of this graph, `logits`: their product is compiled apart or not at all"
+        "its logits are an input of this graph, `logits`, and what makes them is not compiled with it"
     )
     assert refusal.chain == "logits -> mean cross-entropy, ignore_index -100"
     assert "one function that calls the model and then the loss" in refusal.advice

@@ -30,8 +30,8 @@ TRANSFORMED = (
     "use backward() or torch.autograd.grad"
 )
 TOGETHER = (
-    "compile head and loss together: one function that calls the model and then the loss, compiled as a whole, "
-    "or a model that computes its loss"
+    "compile head and loss together, as one function that calls the model and then the loss, "
+    "or as a model that computes its loss"
 )
 BETWEEN = "leave it out between the product and the loss, or write it with the operations that the README lists"
 BESIDE = "compute it outside of the compiled function, or from a product of its own under no_grad"
@@ -292,7 +292,7 @@ def _orphan(loss: Node, vocab: Any) -> Refusal:
     if node.op != "placeholder" or not any(statically_equal(size, vocab) for size in tensor_of(node).shape):
         return refusal(loss, operation(loss), ORPHANED)
     reason = (
-        f"its logits are an input of this graph, `{words.name(node)}`: their product is compiled apart or not at all"
+        f"its logits are an input of this graph, `{words.name(node)}`, and what makes them is not compiled with it"
     )
     return refusal(loss, operation(loss), reason, advice=TOGETHER, chain=f"{words.name(node)} -> {words.loss(loss)}")
 

@@ -76,7 +76,7 @@ def test_a_graph_that_breaks_before_the_loss():
 
     ours = run_compiled(program, hidden(), weight(), labels(), fullgraph=False)
     [refusal] = ours.report.refused
-    assert "an input of this graph, `logits`: their product is compiled apart" in refusal.reason
+    assert "an input of this graph, `logits`, and what makes them is not compiled with it" in refusal.reason
     assert_like_eager(ours, program, args())
 
 
