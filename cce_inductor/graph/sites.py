@@ -291,9 +291,7 @@ def _orphan(loss: Node, vocab: Any) -> Refusal:
         [node] = sources
     if node.op != "placeholder" or not any(statically_equal(size, vocab) for size in tensor_of(node).shape):
         return refusal(loss, operation(loss), ORPHANED)
-    reason = (
-        f"its logits are an input of this graph, `{words.name(node)}`, and what makes them is not compiled with it"
-    )
+    reason = f"its logits are an input of this graph, `{words.name(node)}`, and what makes them is not compiled with it"
     return refusal(loss, operation(loss), reason, advice=TOGETHER, chain=f"{words.name(node)} -> {words.loss(loss)}")
 
 
