@@ -153,7 +153,8 @@ def explain(function: Callable, options: dict[str, Any] | None = None) -> Callab
     """What `backend="cce"` would do to a function or module: `print(explain(model)(*args, **kwargs))`.
 
     Traces one call, rewrites its graphs, and runs them uncompiled. Like `torch._dynamo.explain`, it starts from an
-    empty cache of compiled code. Returns one `Report` over all graphs of the call.
+    empty cache of compiled code. Returns one `Report` over all graphs of the call: print it, let rich print it as a
+    table, or take its `to_dict()` or `to_json()`.
     """
     ours, _ = Options.split(options)
 
@@ -162,8 +163,7 @@ def explain(function: Callable, options: dict[str, Any] | None = None) -> Callab
 
         def backend(gm: GraphModule, example_inputs: list[Any]) -> Callable:
             lazy = LazyResults(gm.graph)
-            total.extend(rewrite_module(gm, ours, lazy))
-            total.graphs += 1
+            total.add_graph(rewrite_module(gm, ours, lazy))
             return lazy.around(gm.forward)
 
         torch._dynamo.reset()

@@ -10,24 +10,29 @@ from torch._guards import TracingContext
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._logging import getArtifactLogger
 from torch._logging._internal import register_artifact
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 __all__ = [
     "CustomGraphPass",
     "FakeTensor",
+    "FakeTensorMode",
     "around_inductor",
     "artifact_logger",
     "cache_dir",
     "constant_size",
+    "cpp_compiler",
     "fix",
     "float_hint",
     "get_hash_for_files",
+    "graph_break",
     "ignore_warning_once",
     "inductor_backend",
     "inductor_option_names",
     "is_tracing",
     "size_hint",
+    "source_name",
     "statically_equal",
     "throw_on_data_ptr",
     "unset_fake_temporarily",
@@ -39,6 +44,16 @@ def cache_dir() -> str:
     from torch._inductor.runtime.cache_dir_utils import cache_dir as inductor_cache_dir
 
     return inductor_cache_dir()
+
+
+def cpp_compiler() -> str | None:
+    """The C++ compiler that Inductor takes (CXX); None where there is none."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        return get_cpp_compiler()
+    except RuntimeError:
+        return None
 
 
 def inductor_backend(mode: str | None, options: dict[str, Any] | None) -> Callable:
@@ -91,6 +106,23 @@ def throw_on_data_ptr(tensor: torch.Tensor) -> None:
 def statically_equal(a: Any, b: Any) -> bool:
     """Whether two sizes, int or SymInt, are equal whatever the inputs; installs no guard."""
     return statically_known_true(a == b)
+
+
+def source_name(node: Node) -> str | None:
+    """How Dynamo finds an argument of a graph, for example "L['self']._modules['head']._parameters['weight']"."""
+    source = getattr(node, "_dynamo_source", None)
+    found = getattr(source, "name", None)
+    return found() if callable(found) else found
+
+
+def graph_break(module: Any) -> str | None:
+    """Where and why Dynamo ended a graph before the end of the program: "file:line: reason"; None where it did not."""
+    ended = getattr(module, "compile_subgraph_reason", None)
+    if ended is None or not ended.graph_break:
+        return None
+    frames = [frame for frame in ended.user_stack if frame is not None]
+    place = f"{frames[-1].filename}:{frames[-1].lineno}: " if frames else ""
+    return place + ended.reason.splitlines()[0]
 
 
 def float_hint(number: torch.SymFloat) -> float | None:

@@ -41,3 +41,21 @@ def test_train_gpt_stops_where_nothing_is_rewritten(monkeypatch):
 
     with pytest.raises(SystemExit, match="rewrote nothing"):
         first_step_with_reports(lambda: 0.0)
+
+
+def test_compile_loss_with_model_shows_the_report_before_and_after():
+    command = [sys.executable, str(EXAMPLES / "compile_loss_with_model.py")]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    _, model, loss, both = run.stdout.split("--- ")
+    assert "0 rewritten, 1 refused" in model
+    assert "the logits are returned and no loss of them is in this graph" in model
+    assert "0 rewritten, 1 refused" in loss
+    assert "its logits are an input of this graph, `logits`" in loss
+    assert "what to do: compile head and loss together" in model
+    assert "what to do: compile head and loss together" in loss
+    assert "1 rewritten, 0 refused" in both
+    assert "head [V=8192, D=64] -> float32" not in both  # a float32 model: nothing is cast
+    assert "head [V=8192, D=64] -> mean cross-entropy, ignore_index -100" in both
+    ours, eager = both.rsplit("loss ", 1)[1].split(", eager ")
+    assert float(ours) == pytest.approx(float(eager), abs=1e-4)

@@ -1,6 +1,9 @@
 """Reports, how they read, and the ways in which they reach a user."""
 
+import io
+import json
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ import torch.nn.functional as F
 from helpers import EVERYTHING, B, D, S, V, hidden, labels, line_of, run_compiled, weight
 
 from cce_inductor import Refusal, RefusedError, Report, Rewrite, capture_reports, explain
+from cce_inductor.graph import words
 from cce_inductor.report import publish
 
 REWRITE = Rewrite("model.py:7", ("cross_entropy", "logsumexp"), ("s0 x 4", "32000", "64"), "2*tanh(z)", 1, 5 << 20)
@@ -77,6 +81,7 @@ def test_a_rewrite_says_what_was_rewritten():
         logit_map="z",
         operator_calls=1,
         logits_bytes=B * S * V * 4,
+        chain=f"w [V={V}, D={D}] -> mean cross-entropy, ignore_index -100",
     )
 
 
@@ -102,6 +107,127 @@ def test_the_line_inside_a_module_is_the_users():
     assert ours.report.rewritten[0].location == line_of(Model.forward, "# the line of the product")
 
 
+def test_an_entry_says_the_way_of_the_logits_and_what_to_do():
+    rewrite = replace(REWRITE, chain="head [V=32000, D=64] -> nll_loss")
+    refusal = replace(REFUSAL, chain="head [V=9, D=3] -> dropout", matmul="model.py:8", advice="do without it")
+    assert str(Report([rewrite], [refusal])).splitlines()[1:] == [
+        f"  {REWRITE}",
+        "      head [V=32000, D=64] -> nll_loss",
+        f"  left alone: {REFUSAL}",
+        "      head [V=9, D=3] -> dropout (the product: model.py:8)",
+        "      what to do: do without it",
+    ]
+    assert str(refusal) == f"{REFUSAL}; do without it"
+
+
+def test_a_report_as_dict_and_json():
+    computed = replace(REWRITE, returned="computed, because of a test")
+    report = Report([REWRITE, computed], [CHOICE], graphs=2)
+    told = report.to_dict()
+    assert (told["graphs"], told["saved_bytes"]) == (2, 5 << 20)
+    assert [entry["saved_bytes"] for entry in told["rewritten"]] == [5 << 20, 0]
+    assert told["rewritten"][0]["losses"] == ("cross_entropy", "logsumexp")
+    assert (told["refused"][0]["reason"], told["refused"][0]["by_choice"]) == ("too few", True)
+    assert json.loads(report.to_json()) == json.loads(json.dumps(told))
+
+
+def test_a_report_as_a_table_of_rich():
+    rich = pytest.importorskip("rich.console", reason="needs rich: pip install cce_inductor[bench]")
+    refusal = replace(REFUSAL, chain="head [V=9, D=3] -> [:, :-1] -> dropout", advice="do without it", graph=2)
+    console = rich.Console(width=200, record=True, file=io.StringIO())
+    console.print(Report([REWRITE], [refusal], graphs=2))
+    text = console.export_text()
+    for part in ("1 rewritten, 1 refused", "model.py:7 (graph 1)", "5.0 MiB", "head [V=9, D=3] -> [:, :-1] -> dropout"):
+        assert part in text
+    assert "model.py:9 (graph 2)" in text
+    assert "do without it" in text
+    console.print(Report())
+    assert "no loss over the logits" in console.export_text()
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Embedding(V, D)
+        self.blocks = torch.nn.ModuleList([torch.nn.Linear(D, V)])
+        self.tied = torch.nn.Linear(D, V, bias=False)
+        self.tied.weight = self.embed.weight
+
+    def forward(self, h, t):
+        return self.losses(h, t)
+
+
+def tied_head(self, h, t):
+    return F.cross_entropy(self.tied(h).float().view(-1, V), t.view(-1), ignore_index=-1)
+
+
+def head_in_a_list(self, h, t):
+    logits = 5 * torch.tanh(self.blocks[0](h).bfloat16() / 5)
+    return F.cross_entropy(logits.float().view(-1, V), t.view(-1), label_smoothing=0.1)
+
+
+def embedding_as_head(self, h, t):
+    x = (h @ self.embed.weight.T)[:, :-1]
+    loss = F.cross_entropy(x.reshape(-1, V), t[:, 1:].reshape(-1), weight=torch.ones(V), reduction="sum")
+    return loss + x.logsumexp(-1).sum()
+
+
+def log_probabilities(self, h, t):
+    return self.tied(h).log_softmax(-1).gather(-1, t.unsqueeze(-1)).sum()
+
+
+def chunked(self, h, t):
+    losses = [
+        F.cross_entropy(x.reshape(-1, V), y.reshape(-1), reduction="none").sum()
+        for x, y in zip(self.tied(h).chunk(S, 1), t.chunk(S, 1), strict=True)
+    ]
+    return sum(losses)
+
+
+SMALL = f"[V={V}, D={D}]"
+CHAINS = {
+    tied_head: f"tied {SMALL} -> mean cross-entropy, ignore_index -1",
+    head_in_a_list: f"blocks.0 [V={V}, D={D}, bias] -> bfloat16 -> / 5 -> tanh -> 5 * x -> float32 -> "
+    "mean cross-entropy, ignore_index -100, label smoothing 0.1",
+    embedding_as_head: f"embed {SMALL} -> [:, :-1] -> sum cross-entropy, ignore_index -100, class weights + logsumexp",
+    log_probabilities: f"tied {SMALL} -> log_softmax(-1) -> gather",
+    chunked: f"tied {SMALL} -> chunk({S}, 1) -> {S} x cross-entropy of each row, ignore_index -100",
+}
+
+
+@pytest.mark.parametrize(("losses", "words"), CHAINS.items(), ids=lambda value: getattr(value, "__name__", ""))
+def test_the_way_of_the_logits_in_words(monkeypatch, losses, words):
+    monkeypatch.setattr(Net, "losses", losses, raising=False)
+    [rewrite] = explain(Net(), OPTIONS)(hidden(), labels()).rewritten
+    assert rewrite.chain == words
+
+
+def test_the_way_to_what_is_in_the_way():
+    report = explain(refused, OPTIONS)(hidden(), weight(), labels())
+    [refusal] = report.refused
+    assert refusal.chain == f"w {SMALL} -> dropout"
+    assert refusal.matmul == line_of(refused, "logits = F.linear")
+    assert refusal.advice.startswith("leave it out between the product and the loss")
+
+
+def test_words_never_cost_a_rewrite(monkeypatch):
+    monkeypatch.setattr(words, "head", None)
+    [rewrite] = run_compiled(program, hidden(), weight(), labels()).report.rewritten
+    assert rewrite.chain == ""
+
+
+def test_operator_calls_are_counted_after_joining():
+    def program(h, w, t):
+        logits = F.linear(h, w)
+        chunks = zip(logits.chunk(S, 1), t.chunk(S, 1), strict=True)
+        other = F.cross_entropy(F.linear(2 * h, w).view(-1, V), t.view(-1))
+        return other + sum(F.cross_entropy(x.reshape(-1, V), y.reshape(-1)) for x, y in chunks)
+
+    ours = run_compiled(program, hidden(), weight(), labels())
+    assert len(ours.operator_calls) == 1
+    assert [rewrite.operator_calls for rewrite in ours.report.rewritten] == [1, 1]
+
+
 # --------------------------------------------------------------------------------------------------------- explain
 
 
@@ -110,7 +236,8 @@ def test_explain_reports_over_all_graphs():
     assert (len(report.rewritten), len(report.refused), report.graphs) == (1, 1, 2)
     assert report.refused[0].location == line_of(refused, "# the line in the way")
     text = str(report)
-    assert text.startswith("cce_inductor: 1 rewritten, 1 refused, 2 graph(s)\n")
+    assert text.startswith("cce_inductor: 1 rewritten, 1 refused, 2 graph(s)\n  graph 1:\n")
+    assert [entry.graph for entry in (*report.rewritten, *report.refused)] == [1, 2]
     assert f"  left alone: {line_of(refused, '# the line in the way')}: dropout: " in text
 
 
@@ -133,6 +260,35 @@ def test_explain_uses_the_defaults():
 def test_explain_of_a_program_without_a_head():
     report = explain(lambda x: x + 1)(torch.ones(3))
     assert (report.rewritten, report.refused, report.graphs) == ([], [], 1)
+
+
+@pytest.mark.parametrize("apart", ["by_a_break", "by_two_compilations"])
+def test_explain_says_that_head_and_loss_are_apart(apart):
+    def model(h, w):
+        return F.linear(h, w)
+
+    def loss(logits, t):
+        return F.cross_entropy(logits.view(-1, V), t.view(-1))
+
+    def broken(h, w, t):
+        logits = model(h, w)
+        torch._dynamo.graph_break()
+        return loss(logits, t)
+
+    if apart == "by_a_break":
+        report = explain(broken, OPTIONS)(hidden(), weight(), labels())
+    else:
+        report = explain(loss, OPTIONS)(hidden(B, S, V), labels())
+    [refusal] = report.refused
+    assert refusal.reason == (
+        "its logits are an input of this graph, `logits`, and what makes them is not compiled with it"
+    )
+    assert refusal.chain == "logits -> mean cross-entropy, ignore_index -100"
+    assert "one function that calls the model and then the loss" in refusal.advice
+
+
+def test_explain_where_nothing_is_compiled():
+    assert "nothing was compiled" in str(explain(len)([]))
 
 
 def test_explain_checks_the_options_at_once():

@@ -1,5 +1,7 @@
 """The pass: finds the sites of a graph module, rewrites those it can, and reports on all of them."""
 
+from dataclasses import replace
+
 from torch.fx import Graph, GraphModule, Node
 
 from ..options import Options
@@ -13,6 +15,7 @@ from .sites import Site, find_sites, is_worth_reporting, orphan_losses, refusal,
 
 MATERIALIZE = 'the option logits is "materialize"'
 SUBGRAPH = "they leave a subgraph of the program (a checkpoint, for instance)"
+BUG = "this is a bug of cce_inductor: report it with the traceback that is in the log"
 NO_CALLER = "the pass runs inside Inductor here, which does not hand lazy logits on"
 
 
@@ -39,11 +42,13 @@ def _rewrite_module(
         for rewriting in reversed(rewritings):
             rewriting.undo()
         reason = f"the pass failed: {type(error).__name__}: {error}"
-        report = Report(refused=[Refusal("", "cce_inductor", reason)])
+        report = Report(refused=[Refusal("", "cce_inductor", reason, advice=BUG)])
     else:
         if rewritings:
             finish(module.graph, rewritings)
-            merge_calls(module.graph)
+            joined = merge_calls(module.graph)
+            calls = [len({joined.get(call, call) for call in rewriting.calls}) for rewriting in rewritings]
+            report.rewritten = [replace(r, operator_calls=n) for r, n in zip(report.rewritten, calls, strict=True)]
             module.recompile()
         if lazy is not None:
             lazy.found += [result for rewriting in rewritings for result in rewriting.lazy]
@@ -81,11 +86,12 @@ def _try_rewrite(
     no = why_not(site, joined, transformed, options)
     if no is not None:
         return no
+    name = site.reductions[0].name
     try:
         return Rewriting(site, options, once, not_lazy)
     except Refused as refused:
-        reason = str(refused)
+        return refusal(site.logits.matmul, name, str(refused), of=site)
     except Exception as error:
         log.warning("a rewrite failed, the graph stays as it was", exc_info=True)
         reason = f"the rewrite failed: {type(error).__name__}: {error}"
-    return refusal(site.logits.matmul, site.reductions[0].name, reason)
+        return refusal(site.logits.matmul, name, reason, of=site, advice=BUG)

@@ -20,7 +20,7 @@ from ..logit_map import LogitMap, Z, filled
 
 
 class Refused(Exception):  # noqa: N818 (it is an answer, not an error)
-    """Raised by a rule that can't follow the logits; the text completes "left alone: <operation>: "."""
+    """Raised by a rule that can't follow the logits; the text, "why" or "why; what to do", goes into the report."""
 
 
 @dataclass(frozen=True)

@@ -29,15 +29,20 @@ _SINKABLE = MOVABLE | {
 }  # fmt: skip
 
 
-def merge_calls(graph: Graph) -> None:
-    """Joins the calls that can be joined; never raises, and a graph in which that fails stays as it was."""
+def merge_calls(graph: Graph) -> dict[Node, Node]:
+    """Joins the calls that can be joined: (an old call, the joint one) for each of them.
+
+    Never raises; a group of calls in which that fails stays as it was, and so do those after it.
+    """
+    joined: dict[Node, Node] = {}
     try:
-        _merge_calls(graph)
+        _merge_calls(graph, joined)
     except Exception:
         log.warning("calls of the operator could not be joined, the graph stays as it was", exc_info=True)
+    return joined
 
 
-def _merge_calls(graph: Graph) -> None:
+def _merge_calls(graph: Graph, joined: dict[Node, Node]) -> None:
     modes = grad_modes(graph)
     groups: dict[Any, list[Node]] = {}
     for node in graph.nodes:
@@ -46,7 +51,8 @@ def _merge_calls(graph: Graph) -> None:
     for calls in groups.values():
         users = _users_before(calls[-1], calls[:-1])
         if len(calls) > 1 and _may_move(calls, users, modes):
-            _merge(calls, users, modes[calls[-1]])
+            joint = _merge(calls, users, modes[calls[-1]])
+            joined.update(dict.fromkeys(calls, joint))
 
 
 def _key(call: Node, grad_enabled: bool) -> tuple:
@@ -93,12 +99,12 @@ def _may_move(calls: list[Node], users: list[Node], modes: dict[Node, bool]) -> 
     )
 
 
-def _merge(calls: list[Node], users: list[Node], grad_enabled: bool) -> None:
+def _merge(calls: list[Node], users: list[Node], grad_enabled: bool) -> Node:
     last = calls[-1]
     emitter = Emitter(last.graph)
     try:
         with emitter.at(next(iter(last.users)), grad_enabled):
-            replacements = _emit(calls, emitter)
+            joint, replacements = _emit(calls, emitter)
     except Exception:
         emitter.undo()
         raise
@@ -109,10 +115,11 @@ def _merge(calls: list[Node], users: list[Node], grad_enabled: bool) -> None:
     for call in calls:
         for node in (*call.users, call):
             last.graph.erase_node(node)
+    return joint
 
 
-def _emit(calls: list[Node], emitter: Emitter) -> list[tuple[Node, Node]]:
-    """(an old result, its part of the joint one) for every result that is used."""
+def _emit(calls: list[Node], emitter: Emitter) -> tuple[Node, list[tuple[Node, Node]]]:
+    """The joint call, and (an old result, its part of the joint one) for every result that is used."""
     last = calls[-1]
     args: list[Any] = list(last.args)
     hidden: list[Any] = [call.args[HIDDEN] for call in calls]
@@ -130,7 +137,7 @@ def _emit(calls: list[Node], emitter: Emitter) -> list[tuple[Node, Node]]:
             for i, old in enumerate(olds):
                 if old is not None:
                     replacements.append((old, emitter.call(operator.getitem, pieces, i)))
-    return replacements
+    return joint, replacements
 
 
 def _length(rows: Node, emitter: Emitter) -> int | Node:

@@ -11,10 +11,10 @@ import torch
 from torch.fx import Graph, Node, Proxy
 
 from ..compat import fix, statically_equal
-from ..ops.library import vocab_reductions
+from ..ops.library import scaled_loss, vocab_reductions
 from ..options import Options
 from ..report import Rewrite
-from . import in_forward
+from . import in_forward, words
 from .effects import first_write, written
 from .emitter import Emitter
 from .logits import Refused
@@ -60,7 +60,7 @@ class Rewriting:
         for node, replacement in replacements:
             self._replaced.append((node, replacement, list(node.users)))
             node.replace_all_uses_with(replacement)
-        return _describe(self._site, len(sweeps), self._return_logits(not_lazy))
+        return _describe(self._site, len(self.calls), self._return_logits(not_lazy))
 
     def _return_logits(self, not_lazy: str | None) -> str:
         """Lazily where that is possible; what became of them, in words."""
@@ -87,6 +87,11 @@ class Rewriting:
         self._emitter.undo()
         for node in self._order:  # some may have moved
             self._graph.output_node().prepend(node)
+
+    @property
+    def calls(self) -> list[Node]:
+        """The operator calls that it makes."""
+        return [node for node in self._emitter.nodes if node.target in (vocab_reductions, scaled_loss)]
 
     @property
     def loose(self) -> set[Node]:
@@ -176,7 +181,8 @@ def _require_unwritten(tensors: list[Node], after: Node, before: Node) -> None:
     write = first_write(nodes[nodes.index(after) + 1 : nodes.index(before)], tensors)
     if write is not None:
         raise Refused(
-            f"`{operation(write)}` at {location(write)} changes an operand in place that the loss is computed from"
+            f"`{operation(write)}` at {location(write)} changes an operand in place that the loss is computed from; "
+            "write after the loss, or to a clone"
         )
 
 
@@ -205,4 +211,5 @@ def _describe(site: Site, operator_calls: int, returned: str) -> Rewrite:
         operator_calls=operator_calls,
         logits_bytes=logits_bytes(site),
         returned=returned,
+        chain=words.chain(site),
     )

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from ..compat import size_hint, statically_equal
+from ..compat import graph_break, size_hint, statically_equal
 from ..options import Options
 from ..report import Refusal
-from . import maps, masks, matmuls, rows, stacks  # noqa: F401 (they register their rules)
+from . import maps, masks, matmuls, rows, stacks, words  # noqa: F401 (they register their rules)
 from .effects import first_write, grad_modes, shares_memory, written
 from .logits import DeferredLogits, Refused
 from .reductions import Reduction
@@ -22,8 +22,19 @@ from .registry import apply, operation, tensor_of
 
 LOSSES = ("cross_entropy", "nll_loss")
 FEWEST_GPU_ROWS = 2048  # with fewer, reading the weight takes longer than what is done with it
-ORPHANED = "its logits are no product with a weight in this graph: an input, or the graph broke before the loss"
-TRANSFORMED = "the loss is computed under a torch.func transform; the operators have no rules for those"
+ORPHANED = (
+    "its logits are no product with a weight in this graph; where the product is outside of it, compile both together"
+)
+TRANSFORMED = (
+    "the loss is computed under a torch.func transform, for which the operators have no rules; "
+    "use backward() or torch.autograd.grad"
+)
+TOGETHER = (
+    "compile head and loss together, as one function that calls the model and then the loss, "
+    "or as a model that computes its loss"
+)
+BETWEEN = "leave it out between the product and the loss, or write it with the operations that the README lists"
+BESIDE = "compute it outside of the compiled function, or from a product of its own under no_grad"
 
 
 @dataclass
@@ -153,40 +164,50 @@ def why_not(site: Site, joined: list[Site], transformed: set[Node], options: Opt
     if small is not None:
         return small
     if not transformed.isdisjoint(site.chain):
-        return refusal(matmul, "torch.func", TRANSFORMED)
+        return refusal(matmul, "torch.func", TRANSFORMED, of=site)
     for node, reason in site.escapes.items():
-        return refusal(node, operation(node), reason)
+        return refusal(node, operation(node), reason, of=site, otherwise=BESIDE if site.reductions else BETWEEN)
     if site.returned and site.reductions:
         return _why_not_returned(site, options)
     if site.returned:
-        reason = "the logits are returned and no loss of them is in this graph; compile the loss with the model"
-        return refusal(matmul, "return", reason, by_choice=not tensor_of(matmul).requires_grad)
+        broken = graph_break(matmul.graph.owning_module)
+        reason = "the logits are returned and no loss of them is in this graph"
+        reason += "" if broken is None else f", which breaks at {broken}"
+        by_choice = not tensor_of(matmul).requires_grad
+        advice = TOGETHER if broken is None else f"avoid the break; {TOGETHER}"
+        return refusal(matmul, "return", reason, by_choice, of=site, advice=advice)
     return None
 
 
 def _why_not_returned(site: Site, options: Options) -> Refusal | None:
     """Why logits that are returned beside the loss have to be computed as the program does it."""
     if options.logits == "refuse":
-        reason = 'the logits are returned beside the loss, and the option logits is "refuse"'
-        return refusal(site.logits.matmul, "return", reason)
+        reason = 'the logits are returned beside the loss, and the option logits is "refuse"; return the loss alone'
+        return refusal(site.logits.matmul, "return", reason, of=site)
     write = first_write(site.chain, site.chain)
     if write is not None:
-        return refusal(write, operation(write), "logits that are returned beside the loss are written in place")
+        reason = "logits that are returned beside the loss are written in place; write out of place"
+        return refusal(write, operation(write), reason, of=site)
     return None
 
 
 def _too_small(site: Site, joined: list[Site], options: Options) -> Refusal | None:
     vocab, size = size_hint(site.logits.vocab_size), logits_bytes(site)
     if vocab is not None and vocab < options.min_vocab:
-        reason = f"{vocab} classes are fewer than min_vocab={options.min_vocab}: too few to gain; 0 rewrites all"
+        reason = (
+            f"{vocab} classes are fewer than min_vocab={options.min_vocab}: too few to gain; min_vocab=0 rewrites all"
+        )
     elif size is not None and size < options.min_logits_bytes:
-        reason = f"the logits take {size} bytes, less than min_logits_bytes={options.min_logits_bytes}; 0 rewrites all"
+        reason = (
+            f"the logits take {size} bytes, less than min_logits_bytes={options.min_logits_bytes}; "
+            "min_logits_bytes=0 rewrites all"
+        )
     elif (quick := _too_quick(joined, options)) is not None:
         reason = quick
     else:
         return None
     name = site.reductions[0].name if site.reductions else "return"
-    return refusal(site.logits.matmul, name, reason, by_choice=True)
+    return refusal(site.logits.matmul, name, reason, by_choice=True, of=site)
 
 
 def _too_quick(joined: list[Site], options: Options) -> str | None:
@@ -204,7 +225,7 @@ def _too_quick(joined: list[Site], options: Options) -> str | None:
     if flops < options.min_flops:
         return (
             f"the logits take {flops:.1e} operations, less than min_flops={options.min_flops:.1e}: "
-            "on a GPU Inductor's loss is faster; 0 rewrites all, which saves memory"
+            "on a GPU Inductor's loss is faster; min_flops=0 rewrites all, which saves memory"
         )
     if options.min_flops > 0 and sum(row_counts) < FEWEST_GPU_ROWS:
         return (
@@ -255,11 +276,23 @@ def orphan_losses(graph: Graph, sites: list[Site], transformed: set[Node], optio
         if node in transformed:
             refusals.append(refusal(node, "torch.func", TRANSFORMED))
         elif cut is None:
-            refusals.append(refusal(node, operation(node), ORPHANED))
+            refusals.append(_orphan(node, vocab))
         elif cut not in reported:
-            refusals.append(refusal(cut, operation(cut), escapes[cut]))
+            site = next(site for site in sites if cut in site.escapes)
+            refusals.append(refusal(cut, operation(cut), escapes[cut], of=site, otherwise=BETWEEN))
             reported.add(cut)
     return refusals
+
+
+def _orphan(loss: Node, vocab: Any) -> Refusal:
+    """A loss of logits that no known product makes: an input of the graph, or something else."""
+    node = loss.all_input_nodes[0]
+    while len(sources := [source for source in node.all_input_nodes if tensor_of(source) is not None]) == 1:
+        [node] = sources
+    if node.op != "placeholder" or not any(statically_equal(size, vocab) for size in tensor_of(node).shape):
+        return refusal(loss, operation(loss), ORPHANED)
+    reason = f"its logits are an input of this graph, `{words.name(node)}`, and what makes them is not compiled with it"
+    return refusal(loss, operation(loss), reason, advice=TOGETHER, chain=f"{words.name(node)} -> {words.loss(loss)}")
 
 
 def _cut(loss: Node, vocab: Any, escapes: dict[Node, str]) -> Node | None:
@@ -281,8 +314,27 @@ def _cut(loss: Node, vocab: Any, escapes: dict[Node, str]) -> Node | None:
     return None
 
 
-def refusal(node: Node, name: str, reason: str, by_choice: bool = False) -> Refusal:
-    return Refusal(location(node), name, reason, by_choice)
+def refusal(
+    node: Node,
+    name: str,
+    reason: str,
+    by_choice: bool = False,
+    *,
+    of: Site | None = None,
+    advice: str = "",
+    otherwise: str = "",
+    chain: str = "",
+) -> Refusal:
+    """Of an operation on the logits `of` a site.
+
+    reason: why, or "why; what to do" where no advice is given. otherwise: the advice where there is none at all.
+    """
+    if not advice:
+        reason, _, advice = reason.partition("; ")
+    if of is not None:
+        chain = words.chain(of, None if node is of.logits.matmul else node)
+    matmul = "" if of is None else location(of.logits.matmul)
+    return Refusal(location(node), name, reason, by_choice, advice or otherwise, chain, matmul)
 
 
 def location(node: Node) -> str:

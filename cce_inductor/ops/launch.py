@@ -20,10 +20,15 @@ def interpretable(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" else tensor
 
 
+def has_tma(device: torch.device) -> bool:
+    """Whether a device has a tensor memory accelerator; Triton's interpreter has."""
+    capability, _ = device_properties(device)
+    return capability is None or capability >= (9, 0)
+
+
 def can_use_tma(*tensors: Tensor) -> bool:
     """Whether the device has a tensor memory accelerator and its descriptors can describe the tensors."""
-    capability, _ = device_properties(tensors[0].device)
-    return (capability is None or capability >= (9, 0)) and all(map(describable, tensors))
+    return has_tma(tensors[0].device) and all(map(describable, tensors))
 
 
 def describable(tensor: Tensor) -> bool:

@@ -18,6 +18,7 @@ from helpers import (
     check_refused,
     hidden,
     labels,
+    line_of,
     run_compiled,
     weight,
 )
@@ -42,7 +43,7 @@ def test_logits_returned_without_a_loss():
     def program(h, w):
         return F.linear(h, w)  # <-
 
-    check_refused(program, *large_head(True), operation="return", reason="compile the loss with the model")
+    check_refused(program, *large_head(True), operation="return", reason="compile head and loss together")
 
 
 def test_logits_returned_in_inference_are_nobodys_mistake():
@@ -50,7 +51,7 @@ def test_logits_returned_in_inference_are_nobodys_mistake():
         return F.linear(h, w)  # <-
 
     given = large_head(False)
-    check_refused(program, *given, operation="return", reason="compile the loss with the model", by_choice=True)
+    check_refused(program, *given, operation="return", reason="compile head and loss together", by_choice=True)
 
 
 def test_a_small_layer_that_is_returned_is_not_worth_a_word():
@@ -62,7 +63,9 @@ def test_logits_that_are_an_input_of_the_graph():
     def program(logits, t):
         return F.cross_entropy(logits.view(-1, V), t.view(-1))  # <-
 
-    check_refused(program, hidden(B, S, V), labels(), operation="cross_entropy", reason="an input, or the graph broke")
+    check_refused(
+        program, hidden(B, S, V), labels(), operation="cross_entropy", reason="an input of this graph, `logits`"
+    )
 
 
 def test_a_graph_that_breaks_before_the_loss():
@@ -73,8 +76,23 @@ def test_a_graph_that_breaks_before_the_loss():
 
     ours = run_compiled(program, hidden(), weight(), labels(), fullgraph=False)
     [refusal] = ours.report.refused
-    assert "the graph broke before the loss" in refusal.reason
+    assert "an input of this graph, `logits`, and what makes them is not compiled with it" in refusal.reason
     assert_like_eager(ours, program, args())
+
+
+def test_logits_that_leave_a_graph_that_breaks():
+    def program(h, w, t):
+        logits = F.linear(h, w)
+        torch._dynamo.graph_break()  # <-
+        return F.cross_entropy(logits, t)
+
+    given = (*large_head(True), labels(20, classes=1500))
+    ours = run_compiled(program, *given, fullgraph=False)
+    left, orphan = ours.report.refused
+    assert f"which breaks at {line_of(program, '# <-')}: Call to `torch._dynamo.graph_break()`" in left.reason
+    assert left.advice.startswith("avoid the break; compile head and loss together")
+    assert "an input of this graph, `logits`" in orphan.reason
+    assert_like_eager(ours, program, given)
 
 
 def test_logits_of_a_product_whose_operand_is_made_of_the_vocabulary():
@@ -200,7 +218,7 @@ def test_losses_that_are_left_alone(loss, reason):
     with warnings.catch_warnings(action="ignore"):
         ours = run_compiled(program, *args())
         assert ours.report.rewritten == []
-        assert reason in ours.report.refused[0].reason
+        assert reason in str(ours.report.refused[0])
         assert_untouched(ours)
         assert_like_eager(ours, program, args())
 

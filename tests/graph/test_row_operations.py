@@ -130,7 +130,7 @@ def test_a_mask_of_the_rows_is_refused_with_advice():
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         args = (hidden(), weight(), labels(), labels() % 2 == 0)
         ours = check(program, *args, rewrites=0, calls=0, refusals=1, logits_in_memory=True)
-    assert "set the labels of the others to ignore_index" in ours.report.refused[0].reason
+    assert "set the labels of the others to ignore_index" in ours.report.refused[0].advice
 
 
 def test_rows_found_by_nonzero():

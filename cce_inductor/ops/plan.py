@@ -1,0 +1,40 @@
+"""Which implementation a problem takes, in words: for people, nothing decides by it."""
+
+import torch
+
+from ..compat import FakeTensorMode
+from . import cuda, sparse
+from .launch import has_tma
+from .library import pays_in_forward
+from .problem import Problem
+
+
+def plan(
+    device: torch.device, dtype: torch.dtype, rows: int, vocab_size: int, width: int, approximate_mass: float
+) -> str:
+    """What computes a mean cross-entropy of hidden [rows, width] and weight [vocab_size, width], both with gradients.
+
+    Nothing of that size is allocated.
+    """
+    with FakeTensorMode():
+        problem = Problem.of(
+            torch.empty(rows, width, dtype=dtype, device=device),
+            torch.empty(vocab_size, width, dtype=dtype, device=device),
+            None,
+            torch.empty(rows, dtype=torch.int64, device=device),
+            None,
+            logit_map="z",
+            want_total=False,
+            ignore_index=-100,
+            compute_dtype=dtype,
+            workspace_mib=1,
+            approximate_mass=approximate_mass,
+        )
+    if device.type != "cuda" or not cuda.supported(problem):
+        once = ", in the forward where the loss is alone" if pays_in_forward(device, dtype) else ""
+        return f"blocks through ATen on the {'GPU' if device.type == 'cuda' else 'CPU'}, exact gradients{once}"
+    tma = has_tma(device) and width * dtype.itemsize % 16 == 0
+    kept = cuda.kept_tiles(device, vocab_size, dtype, False, approximate_mass)
+    skips = kept > 0 and sparse.worthwhile(problem, [True, True, False])
+    loads, backward = "TMA" if tma else "pointers", "sparse" if skips else "exact"
+    return f"Triton kernels, operands loaded by {loads}, {backward} backward"
