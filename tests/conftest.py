@@ -16,7 +16,7 @@ _cache = tempfile.TemporaryDirectory(prefix="inductor-cache-", ignore_cleanup_er
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = _cache.name
 
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=40)
-settings.register_profile("soak", deadline=None, max_examples=1000)  # pytest --hypothesis-profile soak
+settings.register_profile("long", deadline=None, max_examples=1000)  # pytest --hypothesis-profile=long
 settings.load_profile("default")
 
 
@@ -26,3 +26,11 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What tests say of themselves by record_property("programs", ...)."""
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        for name, text in report.user_properties:
+            if name == "programs":
+                terminalreporter.write_line(f"{report.nodeid}: {text}")
