@@ -5,7 +5,7 @@ import tempfile
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -17,6 +17,8 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = _cache.name
 
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=40)
 settings.register_profile("long", deadline=None, max_examples=1000)  # pytest --hypothesis-profile=long
+# for tests/mutations.py: whether anything fails, not what
+settings.register_profile("mutations", deadline=None, derandomize=True, max_examples=40, phases=[Phase.generate])
 settings.load_profile("default")
 
 

@@ -23,13 +23,13 @@ HEADS = [
     "F.linear({h}, {w}[:, :1]) if {h}.shape[-1] == 1 else F.linear({h}, {w})",
 ]
 WEIGHTS = [
-    "w[1:]", "w[:-1]", "w.bfloat16()", "w.float()", "w * 0.5", "w.detach()", "w.t().contiguous().t()", "w.clone()",
+    "w[:1].expand(w.shape)", "torch.zeros_like(w)", "w[1:]", "w[:-1]", "w.bfloat16()", "w.float()", "w * 0.5", "w.detach()", "w.t().contiguous().t()", "w.clone()",
     "w / (w.norm(dim=-1, keepdim=True) + 1)", "torch.cat([w, w])", "w * s", "w.flip(0)", "w[torch.arange(w.shape[0])]",
 ]  # fmt: skip
 HIDDEN = [
     "torch.tanh(F.linear({h}, a))", "F.layer_norm({h}, {h}.shape[-1:])" , "F.dropout({h}, 0.25)", "{h} + {h}.sin()",
     "F.rms_norm({h}, {h}.shape[-1:])", "{h}.bfloat16()", "{h}.float()", "{h}.transpose(0, -2).contiguous().transpose(0, -2)",
-    "{h} * s", "{h}.detach()", "{h} * r.unsqueeze(-1)", "{h}.clone()", "F.embedding(ids, w)", "F.embedding(ids, w) + {h}",
+    "{h} * s", "{h} * 50", "{h} * 0", "{h}.detach()", "{h}[..., :1].expand({h}.shape)", "{h} * r.unsqueeze(-1)", "{h}.clone()", "F.embedding(ids, w)", "F.embedding(ids, w) + {h}",
 ]  # fmt: skip
 ROWS = [  # on logits and labels alike
     "{x}.contiguous()", "{x}[None]", "{x}[0]", "{x}[-1]", "{x}[1:]", "{x}[:-1]", "{x}[::2]", "{x}.unsqueeze(0)",
@@ -38,6 +38,7 @@ ROWS = [  # on logits and labels alike
     "{x}.split(1)[-1]", "{x}.tensor_split(2)[1]", "{x}.unbind(0)[0]", "{x}.unbind(0)[-1]", "{x}[:, 1:]", "{x}[:, 0]",
     "{x}[:, None]", "{x}[:, torch.tensor([1, 0])]", "{x}.movedim(0, 1)", "{x}.swapaxes(0, 1)", "{x}[0:]", "{x}[:, :]",
     "{x}.clone()", "{x}.view({x}.shape)", "torch.stack([{x}, {x}])[1]", "{x}.unflatten(0, (1, -1))",
+    "{x}[None, :]", "{x}.reshape({x}.shape)", "{x}.squeeze()", "{x}.swapdims(0, 1)",
     "{x}[:0]", "{x}.expand({x}.shape)",
 ]  # fmt: skip
 ODD_ROWS = [
@@ -69,18 +70,27 @@ STATEMENTS = [  # without a value
 ]  # fmt: skip
 FLAT_PAIR = "{x}.reshape(-1, {x}.shape[-1]), {t}.reshape(-1)"
 PICK = "{t}.clamp(min=0).unsqueeze(-1)"
+CROSS_ENTROPY = [  # one of each
+    ["weight=None", "weight=c", "weight=c.square()"],
+    ["ignore_index=-100", "ignore_index=2", "ignore_index=-1", "ignore_index=0"],
+    ["reduction='mean'", "reduction='sum'", "reduction='none'"],
+    ["label_smoothing=0.0", "label_smoothing=0.0", "label_smoothing=0.2", "label_smoothing=1.0"],
+]
+MODES = [
+    "torch.no_grad()", "torch.enable_grad()", "torch.autocast('cpu', torch.bfloat16)",
+    "torch.autocast('cpu', torch.bfloat16, enabled=False)",
+]  # fmt: skip
 LOSSES = [
     f"F.cross_entropy({FLAT_PAIR})",
-    f"F.cross_entropy({FLAT_PAIR}, reduction='sum')",
     f"F.cross_entropy({FLAT_PAIR}, reduction='none')",
-    f"F.cross_entropy({FLAT_PAIR}, ignore_index=2)",
-    f"F.cross_entropy({FLAT_PAIR}, ignore_index=-1, reduction='sum')",
-    f"F.cross_entropy({FLAT_PAIR}, label_smoothing=0.2)",
-    f"F.cross_entropy({FLAT_PAIR}, label_smoothing=1.0, reduction='none')",
     f"F.cross_entropy({FLAT_PAIR}, c)",
-    f"F.cross_entropy({FLAT_PAIR}, c, label_smoothing=0.1)",
-    f"F.cross_entropy({FLAT_PAIR}, c, reduction='sum', label_smoothing=0.1)",
-    f"F.cross_entropy({FLAT_PAIR}, c, reduction='none', ignore_index=0)",
+    f"F.cross_entropy({{x}}.flatten(0, -2).float(), {{t}}.flatten())",
+    "F.cross_entropy({x}.mT, {t}, c, reduction='none')",
+    "F.nll_loss({x}.log_softmax(-1).mT, {t}, reduction='none')",
+    "{x}.log_softmax(-1).clone().mul_(2).sum(-1)",
+    "{x}.log_softmax(-1)[..., :2].sum(-1)",
+    "F.log_softmax({x}, -1).gather(-1, {t}.clamp(min=0)[..., None].repeat(*[1] * {t}.dim(), 2))",
+    "{x}.softmax(-1).log().sum(-1)",
     "F.cross_entropy({x}.movedim(-1, 1) if {x}.dim() > 1 else {x}, {t})",
     "F.cross_entropy({x}.movedim(-1, 1) if {x}.dim() > 1 else {x}, {t}, reduction='none')",
     "F.cross_entropy({x}, {t})",

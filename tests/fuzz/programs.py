@@ -14,7 +14,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
-from lines import AFTER, CHECKPOINTS, HEADS, HIDDEN, LOSSES, MAPS, ODD_ROWS, OTHERS, ROWS, STATEMENTS, WEIGHTS, WRITES
+from lines import (
+    AFTER,
+    CHECKPOINTS,
+    CROSS_ENTROPY,
+    FLAT_PAIR,
+    HEADS,
+    HIDDEN,
+    LOSSES,
+    MAPS,
+    MODES,
+    ODD_ROWS,
+    OTHERS,
+    ROWS,
+    STATEMENTS,
+    WEIGHTS,
+    WRITES,
+)
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -136,9 +152,10 @@ class Builder:
         return True
 
     def try_value(self, kind: str, expression: str) -> str | None:
-        """Adds an assignment to a new name, which it returns, if it runs."""
+        """Adds an assignment to a new name, which it returns, if it runs; now and then in another mode."""
         name = f"{kind}{len(self.lines)}"
-        return name if self.try_line(f"{name} = {expression}") else None
+        mode = f"with {self.line(MODES)}: " if self.sometimes(5) else ""
+        return name if self.try_line(f"{mode}{name} = {expression}") else None
 
     def try_logits(self, expression: str, labels: str, on_labels: str | None = None) -> None:
         """Adds logits. on_labels: what becomes of the labels, where that changes."""
@@ -193,9 +210,10 @@ class Builder:
 
     def loss(self) -> None:
         x, t = self.latest(self.logits)
-        name = f"l{len(self.lines)}"
-        where = "with torch.no_grad(): " if self.sometimes(4) else ""
-        if self.try_line(f"{where}{name} = {self.line(LOSSES, x=x, t=t)}"):
+        arguments = ", ".join(self.draw(st.sampled_from(values)) for values in CROSS_ENTROPY)
+        general = [f"F.cross_entropy({FLAT_PAIR}, {arguments})"]
+        loss = self.line(general if self.sometimes(30) else LOSSES, x=x, t=t)
+        if name := self.try_value("l", loss):
             self.losses.append((name, t))
 
     def others(self) -> None:
