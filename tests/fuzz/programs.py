@@ -61,11 +61,9 @@ class Inputs:
         rows, width, vocab = tuple(size + grown for size in self.rows), self.width, self.vocab
 
         def floats(name: str, *shape: int) -> Tensor:
-            value = torch.randn(shape, generator=generator).to(self.dtype)
+            value, needs_grad = torch.randn(shape, generator=generator).to(self.dtype), name in self.needs_grad
             # sizes of parameters are never dynamic
-            return torch.nn.Parameter(value, name in self.needs_grad) if name != "h" else value.requires_grad_(
-                name in self.needs_grad
-            )
+            return value.requires_grad_(needs_grad) if name == "h" else torch.nn.Parameter(value, needs_grad)
 
         def positive(*shape: int) -> Tensor:
             return (torch.rand(shape, generator=generator) + 0.5).to(self.dtype)
@@ -172,7 +170,7 @@ class Builder:
 
     def _fit(self, x: str, t: str) -> bool:
         logits, labels = self.values[x], self.values[t]
-        return 0 < logits.dim() and logits.shape[:-1] == labels.shape and logits.numel() <= LARGEST
+        return logits.dim() > 0 and logits.shape[:-1] == labels.shape and logits.numel() <= LARGEST
 
     # ---------------------------------------------------------------------------------------- parts of a program
 

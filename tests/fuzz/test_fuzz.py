@@ -3,9 +3,9 @@
     pytest -m fuzz                                # 200 programs
     pytest -m fuzz --hypothesis-profile=long      # 5,000, others each time
 
-Where the pass rewrites, outputs, gradients, the arguments as they are left, and the state of the random number generator
-are no further from the program in float64 than eager's (or Inductor's), but for rounding. Where it does not, they are
-the same bits. Most programs run the graphs that the pass leaves without compiling them further, a few through Inductor.
+Where the pass rewrites, outputs, gradients and the arguments as they are left are no further from the program in float64
+than eager's (or Inductor's), but for rounding. Where it does not, they are the same bits. Random numbers are the same.
+Most programs run the graphs that the pass leaves without compiling them further, a few go through Inductor.
 """
 
 import collections
@@ -62,7 +62,9 @@ def assert_agree(ours, theirs: Run, function: Callable, args: tuple[Tensor, ...]
         return
     assert_untouched(ours)
     for name, mine in vars(theirs).items():
-        torch.testing.assert_close(getattr(ours, name), mine, rtol=0, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            getattr(ours, name), mine, rtol=0, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def fuzz(count: int, caplog, record_property, lower: Callable | None = None) -> None:
