@@ -5,7 +5,7 @@ import tempfile
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -16,7 +16,9 @@ _cache = tempfile.TemporaryDirectory(prefix="inductor-cache-", ignore_cleanup_er
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = _cache.name
 
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=40)
-settings.register_profile("soak", deadline=None, max_examples=1000)  # pytest --hypothesis-profile soak
+settings.register_profile("long", deadline=None, max_examples=1000)  # pytest --hypothesis-profile=long
+# for tests/mutations.py: whether anything fails, not what
+settings.register_profile("mutations", deadline=None, derandomize=True, max_examples=40, phases=[Phase.generate])
 settings.load_profile("default")
 
 
@@ -26,3 +28,11 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What tests say of themselves by record_property("programs", ...)."""
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        for name, text in report.user_properties:
+            if name == "programs":
+                terminalreporter.write_line(f"{report.nodeid}: {text}")

@@ -64,12 +64,16 @@ class Run:
 
     outputs: list[Tensor]
     gradients: list[Tensor | None]  # of every leaf that requires one, None where eager gives none
+    arguments: list[Tensor]  # as the program leaves them
+    requires_grad: list[bool]  # of the outputs
+    rng_state: Tensor  # after the forward
 
 
 @dataclass
 class Compiled(Run):
-    """The same with the pass, what it said, and its graphs before and after."""
+    """The same with the pass, the compiled program, what the pass said, and its graphs before and after."""
 
+    function: Callable
     report: Report = field(default_factory=Report)
     before: list["Snapshot"] = field(default_factory=list)
     after: list["Snapshot"] = field(default_factory=list)
@@ -146,33 +150,39 @@ def run_compiled(
     fullgraph: bool = True,
 ) -> Compiled:
     """Compiled by the pass; then uncompiled graphs, or `lower(gm, inputs)` where given."""
-    result = Compiled([], [])
+    report, before, after, modules = Report(), [], [], []
 
     def backend(module: GraphModule, inputs: list[Any]) -> Callable:
-        result.before.append(Snapshot.of(module))
+        before.append(Snapshot.of(module))
         lazy = LazyResults(module.graph)
-        result.report.extend(driver.rewrite_module(module, options, lazy))
-        result.after.append(Snapshot.of(module))
-        result.modules.append(module)
+        report.extend(driver.rewrite_module(module, options, lazy))
+        after.append(Snapshot.of(module))
+        modules.append(module)
         return lazy.around(module.forward if lower is None else lower(module, inputs))
 
     torch._dynamo.reset()
     compiled = torch.compile(function, backend=backend, dynamic=dynamic, fullgraph=fullgraph)
     run = _run(compiled, copy.deepcopy(args))
-    result.outputs, result.gradients = run.outputs, run.gradients
-    return result
+    return Compiled(**vars(run), function=compiled, report=report, before=before, after=after, modules=modules)
 
 
 def _run(function: Callable, args: tuple) -> Run:
     torch.manual_seed(0)
     outputs = list(tensors_of(function(*args)))
+    rng_state = torch.get_rng_state()
     differentiable = [output for output in outputs if output.requires_grad]
     leaves = list(leaves_of(args))
-    if not differentiable or not leaves:
-        return Run([output.detach() for output in outputs], [None for _ in leaves])
-    weights = [_cotangent(output, i) for i, output in enumerate(differentiable)]
-    gradients = torch.autograd.grad(differentiable, leaves, weights, allow_unused=True)
-    return Run([output.detach() for output in outputs], list(gradients))
+    gradients: list[Tensor | None] = [None for _ in leaves]
+    if differentiable and leaves:
+        weights = [_cotangent(output, i) for i, output in enumerate(differentiable)]
+        gradients = list(torch.autograd.grad(differentiable, leaves, weights, allow_unused=True))
+    return Run(
+        [output.detach() for output in outputs],
+        gradients,
+        [argument.detach() for argument in tensors_of(args)],
+        [output.requires_grad for output in outputs],
+        rng_state,
+    )
 
 
 def leaves_of(args: Any) -> Iterator[Tensor]:
@@ -285,13 +295,14 @@ def line_of(function: Callable, marker: str) -> str:
     return f"{inspect.getsourcefile(function)}:{line}"
 
 
-def assert_like_eager(ours: Compiled, function: Callable, args: tuple) -> None:
-    """Same shapes and dtypes, and no further from the float64 result than eager, but for rounding.
+def assert_like_eager(ours: Compiled, function: Callable, args: tuple, theirs: Run | None = None) -> None:
+    """Same shapes and dtypes, and no further from the float64 result than eager (or theirs), but for rounding.
 
     That is as much as changes where the inputs change by a unit of rounding in the coarsest dtype of the program, or
     by D units in float32, which is what a logit, a sum of D products, may be wrong by; and the same of the result.
     """
-    _assert_close_runs(ours, function, args, max(torch.finfo(d).eps for graph in ours.before for d in graph.dtypes))
+    eps = max(torch.finfo(dtype).eps for graph in ours.before for dtype in graph.dtypes)
+    _assert_close_runs(ours, theirs or run_eager(function, args), function, args, eps)
 
 
 def assert_close_to_eager(ours: Callable, eager: Callable, args: tuple, rounding: torch.dtype | None = None) -> Tensor:
@@ -301,20 +312,22 @@ def assert_close_to_eager(ours: Callable, eager: Callable, args: tuple, rounding
     """
     dtypes = [rounding] if rounding else [t.dtype for t in tensors_of(args) if t.is_floating_point()]
     run = run_eager(ours, args)
-    _assert_close_runs(run, eager, args, max(torch.finfo(dtype).eps for dtype in dtypes))
+    _assert_close_runs(run, run_eager(eager, args), eager, args, max(torch.finfo(dtype).eps for dtype in dtypes))
     return run.outputs[0]
 
 
-def _assert_close_runs(ours: Run, function: Callable, args: tuple, eps: float) -> None:
-    eager, exact = run_eager(function, args), run_float64(function, args)
+def _assert_close_runs(ours: Run, theirs: Run, function: Callable, args: tuple, eps: float) -> None:
+    exact = run_float64(function, args)
     eps += D * 2**-23
     nearby = run_float64(function, tuple(_nudged(arg, eps) for arg in copy.deepcopy(args)))
-    for name in ("outputs", "gradients"):
-        results = (getattr(run, name) for run in (ours, eager, exact, nearby))
-        for i, (mine, theirs, reference, near) in enumerate(zip(*results, strict=True)):
-            assert (mine is None) == (theirs is None), f"{name}[{i}]: only one of the two is None"
-            if theirs is not None:
-                _assert_close(f"{name}[{i}]", mine, theirs, reference, near, eps)
+    assert ours.requires_grad == theirs.requires_grad
+    assert torch.equal(ours.rng_state, theirs.rng_state), "the random number generator is in another state"
+    for name in ("outputs", "gradients", "arguments"):
+        results = (getattr(run, name) for run in (ours, theirs, exact, nearby))
+        for i, (mine, other, reference, near) in enumerate(zip(*results, strict=True)):
+            assert (mine is None) == (other is None), f"{name}[{i}]: only one of the two is None"
+            if other is not None:
+                _assert_close(f"{name}[{i}]", mine, other, reference, near, eps)
 
 
 def _nudged(arg: Any, eps: float) -> Any:

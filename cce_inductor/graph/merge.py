@@ -67,6 +67,8 @@ def _expression(arg: Any) -> Any:
     """A weight or bias with the views that the pass took of it, each call its own."""
     if isinstance(arg, Node) and arg.target in (torch.t, torch.detach, torch.flatten, operator.getitem):
         return arg.target, *map(_expression, arg.args)
+    if isinstance(arg, tuple):
+        return tuple(map(_expression, arg))
     return str(arg) if isinstance(arg, slice) else arg
 
 

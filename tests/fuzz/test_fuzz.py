@@ -1,0 +1,95 @@
+"""Random programs, compiled by the pass, against eager PyTorch and Inductor.
+
+    pytest -m fuzz                                # 200 programs
+    pytest -m fuzz --hypothesis-profile=long      # 5,000, others each time
+
+Where the pass rewrites, outputs, gradients and the arguments as they are left are no further from the program in float64
+than eager's (or Inductor's), but for rounding. Where it does not, they are the same bits. Random numbers are the same.
+Most programs run the graphs that the pass leaves without compiling them further, a few go through Inductor.
+"""
+
+import collections
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers import Run, assert_like_eager, assert_untouched, run_compiled, run_eager, run_float64
+from hypothesis import HealthCheck, assume, given, settings
+from programs import Program, programs
+from torch import Tensor
+from torch._dynamo.backends.registry import lookup_backend
+
+LEAST_REWRITTEN = 0.6
+CI = settings.default.max_examples  # 40 by default
+
+
+def hold(program: Program, lower: Callable | None = None) -> bool:
+    """Asserts that the pass keeps a program right; whether it rewrote something. lower: as for `run_compiled`."""
+    function, args = program.function(), program.inputs.tensors()
+    theirs = run_if_defined(function, args)
+    assume(theirs is not None)
+    # under dynamic sizes, the constants of the program stay constants
+    with torch._dynamo.config.patch(specialize_float=True, specialize_int=True):
+        if lower is not None:
+            torch._dynamo.reset()
+            theirs = run_eager(torch.compile(function, backend=lower, dynamic=program.dynamic or None), args)
+        ours = run_compiled(function, *args, dynamic=program.dynamic or None, lower=lower)
+        assert_agree(ours, theirs, function, args)
+        if program.dynamic and lower is None:
+            args = program.inputs.tensors(grown=1)
+            theirs = run_if_defined(function, args)
+            if theirs is not None:
+                vars(ours).update(vars(run_eager(ours.function, args)))
+                assert_agree(ours, theirs, function, args)
+    return bool(ours.report.rewritten)
+
+
+def run_if_defined(function: Callable, args: tuple[Tensor, ...]) -> Run | None:
+    """What eager gives; None where that is an error, or where nan leaves nothing to compare."""
+    try:
+        run = run_eager(function, args)
+    except (RuntimeError, IndexError):
+        return None
+    exact = run_float64(function, args)
+    results = [*exact.outputs, *(gradient for gradient in exact.gradients if gradient is not None)]
+    return None if any(result.isnan().any() for result in results) else run
+
+
+def assert_agree(ours, theirs: Run, function: Callable, args: tuple[Tensor, ...]) -> None:
+    if ours.report.rewritten:
+        assert_like_eager(ours, function, args, theirs)
+        return
+    assert_untouched(ours)
+    for name, mine in vars(theirs).items():
+        torch.testing.assert_close(
+            getattr(ours, name), mine, rtol=0, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def fuzz(count: int, caplog, record_property, lower: Callable | None = None) -> None:
+    """Holds so many programs; counts them, and how many of them were rewritten."""
+    counts: collections.Counter[bool] = collections.Counter()
+
+    @settings(max_examples=count, suppress_health_check=list(HealthCheck))
+    @given(programs())
+    def each(program: Program) -> None:
+        caplog.clear()
+        counts[hold(program, lower)] += 1
+        assert not caplog.records, "the pass failed at something and said so"
+
+    with caplog.at_level(logging.WARNING, logger="cce_inductor"):
+        each()
+    record_property("programs", f"{counts.total()} random programs, {counts[True]} of them rewritten")
+    assert counts[True] >= LEAST_REWRITTEN * counts.total(), counts
+
+
+@pytest.mark.fuzz
+def test_uncompiled(caplog, record_property):
+    fuzz(192 * CI // 40, caplog, record_property)
+
+
+@pytest.mark.fuzz
+def test_with_inductor(caplog, record_property):
+    with torch._inductor.config.patch(fallback_random=True):  # the random numbers of eager PyTorch
+        fuzz(8 * CI // 40, caplog, record_property, lookup_backend("inductor"))

@@ -1,0 +1,20 @@
+"""Programs that random testing found to go wrong, shrunk."""
+
+import torch.nn.functional as F
+from helpers import check, hidden, labels, weight
+
+
+def test_hardtanh_with_its_default_bounds():
+    def program(h, w, t):
+        logits = F.hardtanh(F.linear(h, w))
+        return F.cross_entropy(logits.flatten(0, 1), t.flatten())
+
+    check(program, hidden(), weight(), labels())
+
+
+def test_products_with_the_same_slice_of_a_weight_are_joined():
+    def program(h, w, t):
+        losses = [F.cross_entropy(F.linear(h[i, :, :4], w[:, :4]), t[i], reduction="sum") for i in range(3)]
+        return sum(losses)
+
+    check(program, hidden(), weight(), labels(), rewrites=3, calls=1, logits_in_memory=True)
