@@ -49,10 +49,15 @@ def _compiled(inductor: Callable, gm: GraphModule, example_inputs: list[Any], op
     original = copy_of(gm) if options.verify else None
     report = rewrite_module(gm, options, lazy)
     publish(report, options.on_refusal)
-    if original is None or not report.rewritten:
-        return lazy.around(inductor(gm, example_inputs))
-    theirs = inductor(copy_of(original), example_inputs)
-    return Verified(lazy.around(inductor(gm, example_inputs)), theirs, original, options.verify)
+    if not report.rewritten:
+        return inductor(gm, example_inputs)
+    theirs = None if original is None else inductor(copy_of(original), example_inputs)
+    config: Any = torch.compiler.config
+    with config.patch(cache_key_tag=f"{config.cache_key_tag}cce_inductor={_source_hash().hex()}"):
+        ours = lazy.around(inductor(gm, example_inputs))
+    if original is None or theirs is None:
+        return ours
+    return Verified(ours, theirs, original, options.verify)
 
 
 def _is_ours(backend: Any) -> bool:
