@@ -9,6 +9,7 @@ from .api import linear_cross_entropy
 from .backend import cce_backend, disable, enable, explain
 from .options import Options
 from .report import Refusal, RefusedError, Report, Rewrite, capture_reports
+from .verify import VerificationError
 
 __all__ = [
     "Options",
@@ -16,6 +17,7 @@ __all__ = [
     "RefusedError",
     "Report",
     "Rewrite",
+    "VerificationError",
     "capture_reports",
     "cce_backend",
     "disable",

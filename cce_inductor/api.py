@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .compat import differentiated_by_transform
 from .logit_map import LogitMap
 from .ops import losses
 from .ops.library import vocab_reductions
@@ -41,13 +42,12 @@ def linear_cross_entropy(
 
     Returns the loss, a scalar or [...] for reduction "none", in the dtype of `input`; inside autocast in float32.
     Raises what eager PyTorch raises for wrong shapes, dtypes, devices, smoothing and (on a CPU) targets, ValueError for
-    a wrong reduction or map.
+    a wrong reduction or map, NotImplementedError under torch.func.grad, jvp and other forward-mode differentiation.
     Source: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", arXiv 2411.09009.
     """
     _check(input, linear_weight, target, linear_bias, weight, reduction, label_smoothing)
-    device = input.device.type
-    autocast = torch.is_autocast_enabled(device)
-    compute_dtype = torch.get_autocast_dtype(device) if autocast else input.dtype
+    autocast = _is_autocast_enabled(input.device.type)
+    compute_dtype = torch.get_autocast_dtype(input.device.type) if autocast else input.dtype
     target_rows = target.reshape(-1).long()
     smooth = label_smoothing > 0
     lse, picked, total, lse_rest, _ = vocab_reductions(
@@ -86,6 +86,11 @@ def _parsed(logit_map: str) -> str:
     return str(LogitMap.parse(logit_map))
 
 
+def _is_autocast_enabled(device_type: str) -> bool:
+    """Some devices, "meta" for one, have no autocast and raise when asked for it."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def _check(
     input: Tensor,
     linear_weight: Tensor,
@@ -96,6 +101,11 @@ def _check(
     label_smoothing: float,
 ) -> None:
     """What the operator does not check because it does not see it; the errors are eager's."""
+    if differentiated_by_transform():
+        raise NotImplementedError(
+            "linear_cross_entropy does not support torch.func.grad, jvp and what is made of them; "
+            "use torch.autograd.grad"
+        )
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"{reduction} is not a valid value for reduction")
     if not 0.0 <= label_smoothing <= 1.0:
@@ -107,7 +117,7 @@ def _check(
     if target.dtype not in (torch.int64, torch.uint8):
         raise RuntimeError(f"expected targets of dtype int64 or uint8 (class indices), got {target.dtype}")
     allowed = {input.dtype, torch.float32} if input.dtype.itemsize == 2 else {input.dtype}
-    autocast = torch.is_autocast_enabled(input.device.type)
+    autocast = _is_autocast_enabled(input.device.type)
     for name, tensor in (("linear_weight", linear_weight), ("linear_bias", linear_bias), ("weight", weight)):
         if tensor is not None and tensor.dtype not in allowed and not autocast:
             raise RuntimeError(f"expected {name} to have the dtype of input, {input.dtype}, but got {tensor.dtype}")

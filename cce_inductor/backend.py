@@ -16,6 +16,7 @@ from .graph.driver import rewrite_module
 from .graph.returned import LazyResults
 from .options import Options
 from .report import Report, publish
+from .verify import Verified, copy_of
 
 
 def cce_backend(
@@ -45,8 +46,18 @@ def cce_backend(
 def _compiled(inductor: Callable, gm: GraphModule, example_inputs: list[Any], options: Options) -> Callable:
     """A graph, rewritten and compiled, that gives lazy logits where the pass took logits out of its results."""
     lazy = LazyResults(gm.graph)
-    publish(rewrite_module(gm, options, lazy), options.on_refusal)
-    return lazy.around(inductor(gm, example_inputs))
+    original = copy_of(gm) if options.verify else None
+    report = rewrite_module(gm, options, lazy)
+    publish(report, options.on_refusal)
+    if not report.rewritten:
+        return inductor(gm, example_inputs)
+    theirs = None if original is None else inductor(copy_of(original), example_inputs)
+    config: Any = torch.compiler.config
+    with config.patch(cache_key_tag=f"{config.cache_key_tag}cce_inductor={_source_hash().hex()}"):
+        ours = lazy.around(inductor(gm, example_inputs))
+    if original is None or theirs is None:
+        return ours
+    return Verified(ours, theirs, original, options.verify)
 
 
 def _is_ours(backend: Any) -> bool:

@@ -23,6 +23,7 @@ __all__ = [
     "cache_dir",
     "constant_size",
     "cpp_compiler",
+    "differentiated_by_transform",
     "fix",
     "float_hint",
     "get_hash_for_files",
@@ -96,6 +97,14 @@ def artifact_logger(name: str, description: str) -> logging.Logger:
 def is_tracing() -> bool:
     """Whether a program is being compiled, by Dynamo or by what it hands graphs to."""
     return TracingContext.try_get() is not None
+
+
+@torch.compiler.assume_constant_result
+def differentiated_by_transform() -> bool:
+    """Whether the code that runs is inside torch.func.grad, jvp or a transform that is made of them."""
+    functorch = torch._C._functorch
+    kinds = (functorch.TransformType.Grad, functorch.TransformType.Jvp)
+    return any(interpreter.key() in kinds for interpreter in functorch.get_interpreter_stack() or ())
 
 
 def throw_on_data_ptr(tensor: torch.Tensor) -> None:

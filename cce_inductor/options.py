@@ -32,6 +32,8 @@ class Options:
         computed with the loss, which is rewritten all the same. "refuse": such a loss is left as it is.
     on_refusal: what to do where a loss is found and can't be rewritten: "log" it, "warn" as well, or "raise"
         `RefusedError`. What is merely too small, or returns logits where no gradients are recorded, is only logged.
+    verify: how many calls of each compiled program run Inductor's version too, compare results and gradients, and raise
+        `VerificationError` where they disagree by more than rounding. True is 2; 0 and False are none.
     """
 
     mode: str | None = None
@@ -42,12 +44,16 @@ class Options:
     on_refusal: OnRefusal = "log"
     logits: Logits = "lazy"
     approximate_mass: float = 2.0**-4
+    verify: int = 0
 
     def __post_init__(self) -> None:
         """Raises TypeError or ValueError, naming the option, for a value that can't be used."""
         if not (self.mode is None or isinstance(self.mode, str)):
             raise TypeError(f"option mode must be a string or None, got {self.mode!r}")
-        for name, least in (("min_vocab", 0), ("min_logits_bytes", 0), ("min_flops", 0), ("workspace_mib", 1)):
+        if isinstance(self.verify, bool):
+            object.__setattr__(self, "verify", 2 if self.verify else 0)
+        leasts = {"min_vocab": 0, "min_logits_bytes": 0, "min_flops": 0, "workspace_mib": 1, "verify": 0}
+        for name, least in leasts.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"option {name} must be an int, got {value!r}")

@@ -17,11 +17,19 @@ DEFAULTS = {
     "on_refusal": "log",
     "approximate_mass": 2**-4,
     "logits": "lazy",
+    "verify": 0,
 }
 
 
 def test_defaults():
     assert dataclasses.asdict(Options()) == DEFAULTS
+
+
+@pytest.mark.parametrize(("given", "calls"), [(True, 2), (False, 0), (5, 5)])
+def test_verify_is_a_number_of_calls(given, calls):
+    assert Options(verify=given).verify == calls
+    with pytest.raises(ValueError, match="option verify must be at least 0"):
+        Options(verify=-1)
 
 
 def test_they_cannot_be_changed():

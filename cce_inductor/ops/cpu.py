@@ -44,13 +44,18 @@ def _preactivations(
     return z
 
 
+def bad_targets(problem: Problem) -> Tensor:
+    """Which targets [N] lie outside the vocabulary and count."""
+    assert problem.target is not None
+    bad = (problem.target < 0) | (problem.target >= problem.vocab_size)
+    return bad if problem.ignore_index is None else bad & (problem.target != problem.ignore_index)
+
+
 def check_targets(problem: Problem) -> None:
     """Raises eager's error for a target outside the vocabulary: cross_entropy's, or gather's without ignore_index."""
     if problem.target is None:
         return
-    bad = (problem.target < 0) | (problem.target >= problem.vocab_size)
-    if problem.ignore_index is not None:
-        bad &= problem.target != problem.ignore_index
+    bad = bad_targets(problem)
     if bad.any():
         first = problem.target[bad][0].item()
         if problem.ignore_index is None:

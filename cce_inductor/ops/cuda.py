@@ -1,5 +1,6 @@
 """The operators on a GPU: Triton kernels for the logits, cuBLAS for the plain matmuls of the backward."""
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +17,13 @@ from ..kernels.picked import picked_kernel
 from ..kernels.targets import targets_kernel
 from . import cpu, sparse
 from .blocks import ALIGNMENT, exact_backward
+from .fallback import first_that_runs, smaller
 from .launch import can_use_tma, describable, device_properties, interpretable
 from .problem import Problem, spans
 
 COLUMN_MULTIPLE = 256  # vocabulary slices are multiples of the widest tile
 NARROWEST_SLICE = 8 * COLUMN_MULTIPLE  # below this, the matmuls of the backward would be short of work
+BAD_TARGET = "cce_inductor: a target lies outside [0, vocabulary size) and is not ignore_index"
 
 
 def supported(problem: Problem) -> bool:
@@ -48,11 +51,35 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
     lse_rest is zero here: the rounding of 16-bit operands outweighs it by far.
     """
+    ways = {"the Triton forward": lambda: _triton_forward(problem)} if supported(problem) else {}
+    small = smaller(problem)
+    return first_that_runs(
+        _kind(problem),
+        {
+            **ways,
+            "the forward through ATen": lambda: _aten_forward(problem),
+            "the forward through ATen in less memory": lambda: _aten_forward(small),
+        },
+    )
+
+
+def _kind(problem: Problem) -> Hashable:
+    return problem.logit_map, problem.compute_dtype, problem.hidden.device
+
+
+def _kept_tiles(problem: Problem) -> int:
     device, dtype = problem.hidden.device, problem.compute_dtype
-    kept = kept_tiles(device, problem.vocab_size, dtype, problem.want_total, problem.approximate_mass)
-    if not supported(problem):
-        assert_targets(problem)
-        return *cpu.forward(problem)[:4], problem.tile_lse(kept)
+    return kept_tiles(device, problem.vocab_size, dtype, problem.want_total, problem.approximate_mass)
+
+
+def _aten_forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of tiles it knows nothing; infinite ones make an approximate backward skip none."""
+    assert_targets(problem)
+    return *cpu.forward(problem)[:4], problem.tile_lse(_kept_tiles(problem)).fill_(float("inf"))
+
+
+def _triton_forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    kept = _kept_tiles(problem)
     rows = _Rows.of(problem)
     launch = Launch(problem, backward=False, hidden=rows.hidden)
     tiles = -(-problem.vocab_size // launch.config.block_v)
@@ -111,13 +138,14 @@ class _Rows:
             SOME_ROWS=some,
             ROWS=1024,
         )
-        torch._assert_async(good, "cce_inductor: a target lies outside [0, vocabulary size) and is not ignore_index")
+        torch._assert_async(good, BAD_TARGET)
         return cls(problem.hidden if row_of is None else problem.hidden[row_of], row_of, count)
 
 
 def assert_targets(problem: Problem) -> None:
-    """A device-side assertion. On the CPU it raises at once."""
-    _Rows.of(problem)
+    """The same assertion through ATen."""
+    if problem.target is not None:
+        torch._assert_async(~cpu.bad_targets(problem).any(), BAD_TARGET)
 
 
 def _picked(problem: Problem, lse: Tensor) -> Tensor:
@@ -150,10 +178,22 @@ def backward(
     problem: Problem, lse: Tensor, tile_lse: Tensor, grads: list[Tensor], needs_grad: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias for the gradients [lse, picked, total] of the results."""
-    if not supported(problem):
-        return cpu.backward(problem, lse, tile_lse, grads, needs_grad)
-    if len(tile_lse) > 0 and sparse.worthwhile(problem, needs_grad):
-        return sparse.backward(problem, lse, tile_lse, grads, needs_grad)
+    saved, small = (lse, tile_lse, grads, needs_grad), smaller(problem)
+    ways: dict[str, Callable] = {}
+    if supported(problem):
+        if len(tile_lse) > 0 and sparse.worthwhile(problem, needs_grad):
+            ways["the sparse backward"] = lambda: sparse.backward(problem, *saved)
+        ways["the exact Triton backward"] = lambda: _exact_backward(problem, lse, grads, needs_grad)
+        ways["the exact Triton backward in less memory"] = lambda: _exact_backward(small, lse, grads, needs_grad)
+    else:
+        ways["the backward through ATen"] = lambda: cpu.backward(problem, *saved)
+    ways["the backward through ATen in less memory"] = lambda: cpu.backward(small, *saved)
+    return first_that_runs(_kind(problem), ways)
+
+
+def _exact_backward(
+    problem: Problem, lse: Tensor, grads: list[Tensor], needs_grad: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
     launch = Launch(problem, backward=True, hidden=problem.hidden)
     value_and_slope = template.load(problem.logit_map).value_and_slope
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from . import cpu, cuda
 from .blocks import Gradients, add_rows
 from .counted import counted_rows, spread, with_rows
+from .fallback import first_that_runs, smaller
 from .kept import KeptLogits
 from .problem import Problem, spans
 
@@ -30,12 +31,25 @@ def loss_and_gradients(
     problem: Problem, coefficient: Tensor, needs_grad: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, grad_hidden, grad_weight, grad_bias); gradients are empty where not needed."""
+    small = smaller(problem)
+    return first_that_runs(
+        "scaled_loss",
+        {
+            "the loss with its gradients": lambda: _loss_and_gradients(problem, coefficient, needs_grad),
+            "the same in less memory": lambda: _loss_and_gradients(small, coefficient, needs_grad),
+        },
+    )
+
+
+def _loss_and_gradients(
+    problem: Problem, coefficient: Tensor, needs_grad: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     assert problem.target is not None
     (cuda.assert_targets if problem.hidden.is_cuda else cpu.check_targets)(problem)
     counted = counted_rows(problem)
     if counted is not None:
         part = with_rows(problem, counted)
-        loss, few, grad_weight, grad_bias = loss_and_gradients(part, coefficient[counted], needs_grad)
+        loss, few, grad_weight, grad_bias = _loss_and_gradients(part, coefficient[counted], needs_grad)
         return loss, spread(few, counted, problem.num_rows) if needs_grad[0] else few, grad_weight, grad_bias
     counts = torch.ones_like(problem.target, dtype=torch.bool)
     if problem.ignore_index is not None:

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from ..logit_map import LogitMap
@@ -71,7 +72,14 @@ def _plain_context(tensor: Tensor) -> Iterator[None]:
         yield
 
 
+def _refuse_tangents(*tensors: Tensor | None) -> None:
+    """Forward-mode differentiation would find results without tangents here and take their derivatives for zero."""
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError("forward-mode differentiation of a linear cross-entropy is not supported")
+
+
 def _forward(implementation: Any, hidden: Tensor, *args: Any, **options: Any) -> tuple[Tensor, ...]:
+    _refuse_tangents(hidden, *args)
     with _plain_context(hidden):
         return implementation.forward(Problem.of(hidden, *args, **options))
 
@@ -88,6 +96,7 @@ def _backward(
     needs_grad: list[bool],
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _refuse_tangents(grad_lse, grad_picked, grad_total, hidden, *args)
     lse, *grads = (vector.contiguous() for vector in (lse, grad_lse, grad_picked, grad_total))
     with _plain_context(hidden):
         return implementation.backward(Problem.of(hidden, *args, **options), lse, tile_lse, grads, needs_grad)
@@ -103,6 +112,7 @@ def _scaled_loss(
     needs_grad: list[bool],
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _refuse_tangents(hidden, weight, bias, coefficient)
     with _plain_context(hidden):
         problem = Problem.of(hidden, weight, bias, target, None, want_total=False, skip_ignored=True, **options)
         return in_forward.loss_and_gradients(problem, coefficient.to(problem.accumulate_dtype), needs_grad)
