@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cce_inductor.ops import cpu
 from cce_inductor.ops.library import vocab_reductions, vocab_reductions_backward
+from cce_inductor.ops.problem import Reductions
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -19,7 +20,7 @@ def leaves(case):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("strides", ["contiguous", "sliced", "expanded"])
 def test_the_forward_passes_opcheck(dtype, strides):
-    case = cases.Case(7, 40, 6, dtype, strides=strides, logit_map="5.0*tanh(z/5.0)")
+    case = cases.Case(7, 40, 6, dtype, strides=strides, logit_map="5.0*tanh(z/5.0)", max=True, entropy=True)
     torch.library.opcheck(vocab_reductions, leaves(case), case.options)
 
 
@@ -40,27 +41,29 @@ def test_the_forward_passes_opcheck_without_optional_tensors(given):
 @pytest.mark.parametrize("needs_grad", [[True, True, True], [True, False, False], [False, True, False]])
 @pytest.mark.parametrize("bias_dtype", [None, torch.float64])
 def test_the_backward_passes_opcheck(needs_grad, bias_dtype):
-    case = cases.Case(7, 40, 6, bias=bias_dtype is not None)
+    case = cases.Case(7, 40, 6, bias=bias_dtype is not None, max=True, entropy=bias_dtype is None)
     if case.bias:
         case.bias_vector = case.bias_vector.to(bias_dtype)
     needs_grad = [*needs_grad[:2], needs_grad[2] and case.bias]
     case.hidden = case.hidden.bfloat16()
-    lse, _, _, _, tile_lse = vocab_reductions(*case.tensors, **case.options)
-    arguments = (*case.grads, lse, tile_lse, *case.tensors)
+    results = Reductions(*vocab_reductions(*case.tensors, **case.options))
+    grads = case.row_gradients(results)
+    arguments = (*grads, results.lse, results.tile_lse, *case.tensors)
     torch.library.opcheck(vocab_reductions_backward, arguments, {**case.options, "needs_grad": needs_grad})
 
 
 def test_autograd_gives_what_the_implementation_gives():
-    case = cases.Case(7, 40, 6)
+    case = cases.Case(7, 40, 6, max=True, entropy=True)
     arguments = leaves(case)
-    results = vocab_reductions(*arguments, **case.options)[:3]
+    given = Reductions(*vocab_reductions(*arguments, **case.options))
+    results = given.lse, given.picked, given.total, given.maximum, given.entropy
     gradients = torch.autograd.grad(results, arguments[:3], case.grads)
     for mine, expected in zip((*results, *gradients), cases.ours(case, cpu), strict=True):
         assert torch.equal(mine, expected)
 
 
 def test_float64_gradients_pass_gradcheck():
-    case = cases.Case(5, 9, 4, torch.float64, logit_map="5.0*tanh(z/5.0)")
+    case = cases.Case(5, 9, 4, torch.float64, logit_map="5.0*tanh(z/5.0)", max=True, entropy=True)
     hidden, weight, bias, *others = leaves(case)
     assert torch.autograd.gradcheck(
         lambda *args: vocab_reductions(*args, *others, **case.options), (hidden, weight, bias)
