@@ -12,6 +12,7 @@ from torch.fx import Graph, Node, Proxy
 
 from ..compat import fix, statically_equal
 from ..ops.library import vocab_reductions
+from ..ops.problem import Reductions
 from ..options import Options
 from ..report import Rewrite
 from . import in_forward
@@ -139,8 +140,10 @@ def _emit(sweep: Sweep, site: Site, emitter: Emitter, options: Options, once: bo
             workspace_mib=options.workspace_mib,
             approximate_mass=float(options.approximate_mass),
             skip_ignored=not sweep.reads_ignored,
+            want_max=sweep.want_max,
+            want_entropy=sweep.want_entropy,
         )
-        lse, picked, total, lse_rest = (emitter.proxy(emitter.call(operator.getitem, outputs, i)) for i in range(4))
+        given = [emitter.proxy(emitter.call(operator.getitem, outputs, i)) for i in range(len(Reductions._fields) - 1)]
     pairs = []
     for reduction in sweep.reductions:
         node = reduction.node
@@ -148,15 +151,15 @@ def _emit(sweep: Sweep, site: Site, emitter: Emitter, options: Options, once: bo
         _require_unwritten(reads, anchor, node)
         with emitter.at(node, sweep.grad_enabled):
             results = Results(
-                lse,
-                picked,
-                total,
-                lse_rest,
+                *given,
                 None if flat_target is None else emitter.proxy(flat_target),
                 functools.partial(emitter.rows, reduction.logits.hidden),
                 emitter.proxy,
             )
-            pairs.append((node, _in_dtype_of(node, reduction.build(results))))
+            value = _in_dtype_of(node, reduction.build(results))
+            if tensor_of(value).requires_grad and not tensor_of(node).requires_grad:
+                value = emitter.call(torch.detach, value)
+            pairs.append((node, value))
     return pairs
 
 
