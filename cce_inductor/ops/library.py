@@ -237,6 +237,8 @@ def _gradients(
     # exp(x - lse - lse_rest) and x - lse - lse_rest without a pass over the logits
     scale = torch.exp(-lse_rest)
     grads[0] = grads[0] * scale
+    grad_maximum = grad_maximum if ctx.options.get("want_max") else None
+    grad_entropy = grad_entropy if ctx.options.get("want_entropy") else None
     if grad_entropy is not None:
         grad_entropy, entropy = grad_entropy * scale, entropy - lse_rest
     results = (grad_maximum, grad_entropy, argmax, entropy, lse, *saved)
