@@ -66,8 +66,9 @@ class Reduction:
     @property
     def name(self) -> str:
         """The operation that the user wrote; what a pair consists of has the name of what gave the pair."""
-        name = operation(self.node)
-        return operation(self.node.args[0]) if name == "getitem" else name
+        source = self.node.args[0] if operation(self.node) == "getitem" else self.node
+        assert isinstance(source, Node)
+        return operation(source)
 
 
 @rule("log_softmax")

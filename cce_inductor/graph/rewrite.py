@@ -143,7 +143,11 @@ def _emit(sweep: Sweep, site: Site, emitter: Emitter, options: Options, once: bo
             want_max=sweep.want_max,
             want_entropy=sweep.want_entropy,
         )
-        given = [emitter.proxy(emitter.call(operator.getitem, outputs, i)) for i in range(len(Reductions._fields) - 1)]
+        given = {
+            name: emitter.proxy(emitter.call(operator.getitem, outputs, i))
+            for i, name in enumerate(Reductions._fields)
+            if name != "tile_lse"
+        }
     pairs = []
     for reduction in sweep.reductions:
         node = reduction.node
@@ -151,10 +155,10 @@ def _emit(sweep: Sweep, site: Site, emitter: Emitter, options: Options, once: bo
         _require_unwritten(reads, anchor, node)
         with emitter.at(node, sweep.grad_enabled):
             results = Results(
-                *given,
-                None if flat_target is None else emitter.proxy(flat_target),
-                functools.partial(emitter.rows, reduction.logits.hidden),
-                emitter.proxy,
+                **given,
+                target=None if flat_target is None else emitter.proxy(flat_target),
+                rows=functools.partial(emitter.rows, reduction.logits.hidden),
+                proxy=emitter.proxy,
             )
             value = _in_dtype_of(node, reduction.build(results))
             if tensor_of(value).requires_grad and not tensor_of(node).requires_grad:

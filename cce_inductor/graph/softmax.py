@@ -102,7 +102,9 @@ def _same_logits(a: DeferredLogits, b: DeferredLogits) -> bool:
 
 
 @rule("product.sum")
-def expectation(call: Call, product: Product, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Reduction:
+def expectation(
+    call: Call, product: Product, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> Reduction:
     """The expected log-probability is minus the entropy; the expected logit exceeds it by the log-sum-exp."""
     require_vocab(product.log, dim)
 
@@ -148,7 +150,7 @@ def _argmax(call: Call, x: DeferredLogits | Probabilities, keepdim: bool) -> Red
     def build(results: Results) -> Vector:
         return in_rows(logits, results.argmax.clone(), results, keepdim)
 
-    return Reduction(call.node, logits, build, want_max=True, is_loss=False)
+    return Reduction(call.node, logits, build, want_max=True, is_loss=logits.normalized)
 
 
 def _maximum(call: Call, x: DeferredLogits | Probabilities, keepdim: bool) -> Reduction:
@@ -162,7 +164,7 @@ def _maximum(call: Call, x: DeferredLogits | Probabilities, keepdim: bool) -> Re
             value = value.exp()
         return in_rows(logits, value, results, keepdim)
 
-    return Reduction(call.node, logits, build, want_max=True, is_loss=False)
+    return Reduction(call.node, logits, build, want_max=True, is_loss=logits.normalized)
 
 
 def _logits(x: DeferredLogits | Probabilities) -> DeferredLogits:

@@ -72,9 +72,7 @@ def forward(problem: Problem) -> Reductions:
     return reduce_rows(problem, slice(0, problem.num_rows), *block_shape(problem), KeptLogits())
 
 
-def reduce_rows(
-    problem: Problem, group: slice, block_rows: int, block_columns: int, kept: KeptLogits
-) -> Reductions:
+def reduce_rows(problem: Problem, group: slice, block_rows: int, block_columns: int, kept: KeptLogits) -> Reductions:
     """The reductions of a group of rows, from those of the vocabulary slices."""
     slices = list(spans(problem.vocab_size, block_columns))
     row_count = group.stop - group.start
@@ -202,11 +200,9 @@ def gradient_of(problem: Problem, lse: Tensor, grads: RowGradients, kept: KeptLo
 
 
 def _with_entropy(log_p: Tensor, grads: RowGradients, rows: slice) -> Tensor:
-    """What multiplies the probabilities of a block in dx, with the gradient of the entropy H:
-
-        dH / dx[v] = -p[v] * (log p[v] + H)
-    """
-    assert grads.entropy is not None and grads.row_entropy is not None
+    """What multiplies the probabilities p of a block in dx, as dH / dx = -p * (log p + H) of the entropy H."""
+    assert grads.entropy is not None
+    assert grads.row_entropy is not None
     grad_lse, grad_entropy, entropy = (
         vector[rows].unsqueeze(1) for vector in (grads.lse, grads.entropy, grads.row_entropy)
     )

@@ -196,7 +196,7 @@ def backward(
     value_and_slope = template.load(problem.logit_map).value_and_slope
 
     def fill(rows: slice, columns: slice, weight: Tensor, dz: Tensor, grad_bias: Tensor | None) -> None:
-        here = RowGradients(*(None if vector is None else vector[rows] for vector in grads))
+        here = grads.map(lambda vector: vector[rows])
         tile_bias = None
         if grad_bias is not None:
             tile_bias = problem.zeros(launch.row_blocks(rows), weight.shape[0])

@@ -48,7 +48,8 @@ def loss_and_gradients(
         results = cpu.reduce_rows(problem, rows, block_rows, block_columns, kept)
         lse[rows] = results.lse
         losses[rows] = results.lse - results.picked + results.lse_rest
-        grad_lse[rows] = coefficient[rows] * torch.exp(-results.lse_rest)  # exp(x - lse - lse_rest) without a pass over x
+        # exp(x - lse - lse_rest) without a pass over x
+        grad_lse[rows] = coefficient[rows] * torch.exp(-results.lse_rest)
         add_rows(problem, gradients, rows, block_rows, block_columns, fill)
     loss = torch.where(counts, coefficient * losses, 0.0).sum()
     return loss, *gradients.results(problem)

@@ -46,7 +46,8 @@ _library.define(
 )
 _library.define(
     "vocab_reductions_backward(Tensor grad_lse, Tensor grad_picked, Tensor grad_total, Tensor? grad_maximum, "
-    "Tensor? grad_entropy, Tensor argmax, Tensor entropy, Tensor lse, Tensor tile_lse, Tensor hidden, Tensor weight, Tensor? bias, Tensor? target, Tensor? total_weight, *, "
+    "Tensor? grad_entropy, Tensor argmax, Tensor entropy, Tensor lse, Tensor tile_lse, "
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor? target, Tensor? total_weight, *, "
     "str logit_map, bool want_total, int? ignore_index, ScalarType compute_dtype, int workspace_mib, "
     "bool[] needs_grad, float approximate_mass=0.0, bool skip_ignored=False, bool want_max=False, "
     "bool want_entropy=False) "
@@ -95,9 +96,8 @@ def _backward(
     needs_grad: list[bool],
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    vectors = (grad_lse, grad_picked, grad_total, grad_maximum, grad_entropy, argmax, entropy)
-    grads = RowGradients(*(None if vector is None else vector.contiguous() for vector in vectors))
-    lse = lse.contiguous()
+    grads = RowGradients(grad_lse, grad_picked, grad_total, grad_maximum, grad_entropy, argmax, entropy)
+    lse, grads = lse.contiguous(), grads.map(Tensor.contiguous)
     with _plain_context(hidden):
         return implementation.backward(Problem.of(hidden, *args, **options), lse, tile_lse, grads, needs_grad)
 
@@ -146,9 +146,9 @@ def _forward_fake(
     check(hidden, weight, bias, target, total_weight, compute_dtype)
     LogitMap.parse(logit_map)
     tiles = cuda.kept_tiles(hidden.device, weight.shape[0], compute_dtype, want_total, approximate_mass)
-    rows = hidden.shape[0]
+    rows, sums = hidden.shape[0], accumulate_dtype(compute_dtype)
 
-    def vector(wanted: bool = True, dtype: torch.dtype = accumulate_dtype(compute_dtype)) -> Tensor:
+    def vector(wanted: bool = True, dtype: torch.dtype = sums) -> Tensor:
         return hidden.new_empty((rows if wanted else 0,), dtype=dtype)
 
     return Reductions(

@@ -1,6 +1,6 @@
 """The operands of one call of the operators, validated and in the form that the implementations use."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -40,6 +40,10 @@ class RowGradients(NamedTuple):
     entropy: Tensor | None = None
     argmax: Tensor | None = None  # with a gradient of the maximum
     row_entropy: Tensor | None = None  # with a gradient of the entropy
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "RowGradients":
+        """The same of each vector that there is."""
+        return RowGradients._make(None if vector is None else function(vector) for vector in self)
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,8 @@ _compensates = True
 def worthwhile(problem: Problem, grads: RowGradients, needs_grad: list[bool]) -> bool:
     """Whether to take the sparse backward.
 
-    Not where maximum or entropy have gradients, where the bias needs a gradient, where planning costs more time than it saves, or where the logit map has a
-    slope without a known bound, which the fixed-point sums need.
+    Not where maximum, entropy or bias need a gradient, where planning costs more time than it saves, or where the
+    logit map has a slope without a known bound, which the fixed-point sums need.
     """
     if grads.maximum is not None or grads.entropy is not None:
         return False

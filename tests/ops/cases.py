@@ -192,17 +192,15 @@ def uncertainty(case, interpreted=False):
     scale = slope * (h.abs() @ w.abs().T + abs(b)) + x.abs()  # of a logit
     lse = x.logsumexp(1, keepdim=True)
     class_weights = 1.0 if case.class_weights is None else case.class_weights.double()
-    grad_lse, grad_picked, grad_total, grad_maximum, grad_entropy = (
-        g.double().abs().unsqueeze(1) for g in case.grads
-    )
+    grad_lse, grad_picked, grad_total, *others = (g.double().abs().unsqueeze(1) for g in case.grads)
     log_p = (x - lse).clamp(min=-1000)
     surprise = log_p.abs() - (log_p.exp() * log_p).sum(1, keepdim=True)
-    p = log_p.exp() * (grad_lse + (grad_entropy * (surprise + 1) if case.entropy else 0))
+    p = log_p.exp() * (grad_lse + (others[1] * (surprise + 1) if case.entropy else 0))
     onehot = torch.zeros_like(x)
     if case.target:
         onehot = F.one_hot(case.targets.clamp(0, case.vocab - 1), case.vocab).double() * grad_picked
     if case.max:
-        onehot = onehot + F.one_hot(x.argmax(1), case.vocab) * grad_maximum
+        onehot = onehot + F.one_hot(x.argmax(1), case.vocab) * others[0]
     dz = slope * (p + onehot + (grad_total * class_weights if case.total else 0))
     row_scale = scale.amax(1) + lse.abs().squeeze(1)
     sums = slope * p * row_scale.unsqueeze(1) + dz * (1 + scale)

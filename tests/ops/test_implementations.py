@@ -163,3 +163,33 @@ def test_a_bias_of_minus_infinity_removes_a_class(implementation):
 def test_empty_problems(implementation, rows, vocab, width):
     case = cases.Case(rows, vocab, width)
     cases.assert_no_worse_than_eager(case, cases.ours(case, implementation))
+
+
+def test_the_first_of_equal_logits_is_the_largest(implementation):
+    case = cases.Case(9, 70, 6, bias=False, target=False, total=False, max=True)
+    case.hidden, case.weight = case.hidden.round(), case.weight.round()  # exact products, with many ties
+    case.weight[40:] = case.weight[:30]
+    results = implementation.forward(case.problem(workspace_bytes=1024))
+    logits = case.hidden @ case.weight.T
+    first = (logits == logits.amax(1, keepdim=True)).int().argmax(1)
+    assert torch.equal(results.argmax, first)
+    assert torch.equal(results.maximum, logits.amax(1))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_maxima_and_entropies_of_logits_that_are_no_numbers(implementation, value):
+    case = cases.Case(9, 70, 6, total=False, max=True, entropy=True)
+    case.bias_vector[41] = value
+    results = implementation.forward(case.problem(workspace_bytes=1024))
+    logits = torch.nn.functional.linear(*case.tensors[:3])
+    torch.testing.assert_close(results.maximum, logits.amax(1), equal_nan=True)
+    assert results.entropy.isnan().all() if value != -torch.inf else results.entropy.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_entropies_of_certain_rows_are_as_exact_as_eagers(dtype):
+    case = cases.Case(64, 50, 40, dtype, bias=False, total=False, entropy=True)
+    case.hidden = 4 * case.weight[case.targets.clamp(0)]
+    results = cases.ours(case, cpu)
+    cases.assert_no_worse_than_eager(case, results)
+    assert (results[case.names.index("entropy")] >= 0).all()

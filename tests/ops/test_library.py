@@ -3,6 +3,7 @@
 import cases
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from cce_inductor.ops import cpu
@@ -141,3 +142,20 @@ def test_it_compiles_without_graph_breaks_for_dynamic_sizes():
         loss(*arguments).backward()
         for argument, expected in zip(arguments[:3], cases.eager(case)[3:], strict=True):
             assert argument.grad.shape == expected.shape
+
+
+@pytest.mark.parametrize("used", ["lse", "maximum", "entropy"])
+def test_the_backward_gets_gradients_of_what_was_differentiated_only(used):
+    case = cases.Case(7, 40, 6, max=True, entropy=True)
+    results = Reductions(*vocab_reductions(*leaves(case), **case.options))
+    seen = []
+
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is vocab_reductions_backward:
+                seen.append((args[3] is not None, args[4] is not None))
+            return function(*args, **(kwargs or {}))
+
+    with Spy():
+        getattr(results, used).sum().backward()
+    assert seen == [(used == "maximum", used == "entropy")]

@@ -68,7 +68,7 @@ def test_it_is_no_worse_than_eager(rows, vocab, width, dtype, logit_map, bias, i
     doubles = [leaf.detach().double().requires_grad_() for leaf in leaves]
     exact = run(eager, doubles, rest[0], rest[1].double(), rest[2])
     case = cases.Case(rows, vocab, width, dtype, logit_map=logit_map, bias=bias, ignore_index=ignore_index, seed=seed)
-    case.grads[:3] = [rest[1], -rest[1], torch.zeros_like(rest[1])]
+    case.grads = [rest[1], -rest[1], torch.zeros_like(rest[1])]
     lse, picked, _, *gradients = cases.uncertainty(case, False)
     allowed = [((lse + picked) * rest[1].abs()).sum(), *gradients]
     for mine, theirs, right, rounding in zip(run(compute, leaves, *rest), run(eager, leaves, *rest), exact, allowed,
