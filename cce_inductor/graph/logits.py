@@ -8,7 +8,7 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import sympy
 import torch
@@ -63,6 +63,9 @@ class Replay:
         while steps and steps[-1].is_reshape:
             steps = steps[:-1]
         return replace(self, steps=steps)
+
+    def without(self, function: Callable) -> "Replay":
+        return replace(self, steps=tuple(step for step in self.steps if step.function is not function))
 
     def operands(self) -> list[Node]:
         """Every node that `emit` reads."""
@@ -355,6 +358,7 @@ class Stacked:
 
     parts: tuple[DeferredLogits | None, ...]
     dim: int
+    kind: ClassVar = "stacked"
 
 
 def _joined(parts: list[Replay], dtype: torch.dtype) -> Replay:

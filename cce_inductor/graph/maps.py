@@ -15,6 +15,7 @@ from .logits import DeferredLogits, Refused
 from .matmuls import is_vocab_vector, vocab_vector
 from .reductions import Reduction
 from .registry import Call, operation, out_of_place, rule, tensor_of
+from .softmax import Floored, Probabilities
 
 
 def with_dtype(call: Call, x: DeferredLogits) -> DeferredLogits:
@@ -166,8 +167,11 @@ POINTWISE: dict[str, Callable[..., sympy.Expr]] = {
 
 
 @rule(*POINTWISE)
-def pointwise(call: Call, x: DeferredLogits, inplace: bool = False) -> DeferredLogits:
-    return x.map(POINTWISE[out_of_place(operation(call.node))]).to(call.output.dtype)
+def pointwise(call: Call, x: DeferredLogits, inplace: bool = False) -> DeferredLogits | Probabilities:
+    name = out_of_place(operation(call.node))
+    if x.normalized and name == "exp":
+        return Probabilities(x.to(call.output.dtype))
+    return x.map(POINTWISE[name]).to(call.output.dtype)
 
 
 @rule("pow")
@@ -184,10 +188,13 @@ def leaky_relu(call: Call, x: DeferredLogits, negative_slope: float = 0.01, inpl
 
 
 @rule("clamp", "clamp_min", "clamp_max")
-def clamp(call: Call, x: DeferredLogits, *args: Any, **named: Any) -> DeferredLogits:
+def clamp(call: Call, x: DeferredLogits, *args: Any, **named: Any) -> DeferredLogits | Floored:
     name = out_of_place(operation(call.node))
     bounds = dict(zip(("max",) if name == "clamp_max" else ("min", "max"), args, strict=False)) | named
-    return with_dtype(call, _clamped(x, bounds.get("min"), bounds.get("max")))
+    low, high = bounds.get("min"), bounds.get("max")
+    if x.normalized and high is None and low == torch.finfo(x.dtype).min:
+        return Floored(x)
+    return with_dtype(call, _clamped(x, low, high))
 
 
 @rule("hardtanh")

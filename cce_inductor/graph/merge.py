@@ -14,6 +14,7 @@ from torch.fx import Graph, Node
 
 from ..compat import constant_size
 from ..ops.library import vocab_reductions
+from ..ops.problem import Reductions
 from ..report import log
 from .effects import first_write, grad_modes, shares_memory, written
 from .emitter import Emitter
@@ -21,7 +22,7 @@ from .registry import operation, out_of_place, tensor_of
 from .sweeps import MOVABLE
 
 HIDDEN, WEIGHT, TARGET = 0, 1, 3  # places among the operator's arguments
-RESULTS = 4  # lse, picked, total, lse_rest; an approximate backward keeps the fifth to itself
+RESULTS = len(Reductions._fields) - 1  # an approximate backward keeps the last one to itself
 # Arithmetic on losses, beside what prepares targets.
 _SINKABLE = MOVABLE | {
     "abs", "clone", "div", "exp", "expm1", "log", "log1p", "maximum", "mean", "min", "minimum", "pow", "relu",

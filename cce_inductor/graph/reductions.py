@@ -1,7 +1,7 @@
 """Rules for what ends the logits: losses and other reductions over the vocabulary.
 
-Each says what it needs of the operator (the log-sum-exp always, the target's logit, a total over the vocabulary) and
-how its result follows from that, as arithmetic on vectors of length N.
+Each says what it needs of the operator (the log-sum-exp always, the target's logit, a total over the vocabulary, the
+maximum, the entropy) and how its result follows from that, as arithmetic on vectors of length N.
 """
 
 from collections.abc import Callable
@@ -29,6 +29,9 @@ class Results:
     lse: Vector
     picked: Vector
     total: Vector
+    maximum: Vector
+    argmax: Vector
+    entropy: Vector
     lse_rest: Vector
     target: Vector
     rows: Callable[[], Vector]  # a tensor of the shape of the logits' rows
@@ -54,20 +57,25 @@ class Reduction:
     ignore_index: int | None = None
     want_total: bool = False
     total_weight: Node | None = None  # [V]
+    want_max: bool = False
+    want_entropy: bool = False
     is_loss: bool = True  # part of a loss by its form, not just some sum of the activations of a layer
     reads_ignored: bool = True  # whether rows whose target is ignore_index matter to it
     weighted_sum: "WeightedSum | None" = None  # the same, where it is one
 
     @property
     def name(self) -> str:
-        return operation(self.node)
+        """The operation that the user wrote; what a pair consists of has the name of what gave the pair."""
+        source = self.node.args[0] if operation(self.node) == "getitem" else self.node
+        assert isinstance(source, Node)
+        return operation(source)
 
 
 @rule("log_softmax")
 def log_softmax(
     call: Call, input: DeferredLogits, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None
 ) -> DeferredLogits:
-    _require_vocab(input, dim)
+    require_vocab(input, dim)
     return input.log_softmax().to(call.output.dtype)
 
 
@@ -171,33 +179,33 @@ def _gather_arguments(node: Node, *args: Any, **kwargs: Any) -> tuple[int, Node]
 
 @rule("logsumexp")
 def logsumexp(call: Call, input: DeferredLogits, dim: Any, keepdim: bool = False) -> Reduction:
-    _require_vocab(input, dim)
+    require_vocab(input, dim)
     if input.normalized:
         raise Refused("it reads log-probabilities, whose logsumexp is zero")
-    return Reduction(call.node, input, lambda results: _in_rows(input, results.lse.clone(), results, keepdim))
+    return Reduction(call.node, input, lambda results: in_rows(input, results.lse.clone(), results, keepdim))
 
 
 @rule("sum", "mean")
 def total(call: Call, input: DeferredLogits, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Reduction:
     """The sum or mean over the vocabulary, of logits or of log-probabilities (label smoothing by hand)."""
-    _require_vocab(input, dim)
+    require_vocab(input, dim)
     if not isinstance(input.vocab_size, int):
         raise Refused("a sum over the vocabulary needs a vocabulary of a constant size")
     divisor = input.vocab_size if operation(call.node) == "mean" else 1
 
     def build(results: Results) -> Vector:
         value = results.total - input.vocab_size * results.lse if input.normalized else results.total
-        return _in_rows(input, value / divisor, results, keepdim)
+        return in_rows(input, value / divisor, results, keepdim)
 
     return Reduction(call.node, input, build, want_total=True, is_loss=input.normalized)
 
 
-def _in_rows(x: DeferredLogits, value: Vector, results: Results, keepdim: bool) -> Vector:
+def in_rows(x: DeferredLogits, value: Vector, results: Results, keepdim: bool) -> Vector:
     value = value.view_as(results.rows())
     return value.unsqueeze(x.vocab_dim) if keepdim else value
 
 
-def _require_vocab(x: DeferredLogits, dim: Any) -> None:
+def require_vocab(x: DeferredLogits, dim: Any) -> None:
     dims = dim if isinstance(dim, tuple | list) else (dim,)
     if len(dims) != 1 or not isinstance(dims[0], int) or x.dim(dims[0]) != x.vocab_dim:
         raise Refused("it reduces another dimension than the vocabulary")

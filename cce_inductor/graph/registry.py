@@ -1,8 +1,9 @@
 """The registry of rules: how each torch operation acts on deferred logits.
 
 A rule is a function with the signature of the operation behind a `Call`. Its deferred operands arrive as
-`DeferredLogits`. It returns the value that the operation has on them, or a `Reduction` where the operation ends the
-logits, or raises `Refused`. An operation without a rule is an escape: the logits are needed in memory.
+`DeferredLogits`, or as a value of another `kind`, which begins the names of the rules for it. It returns the value that
+the operation has on them, or a `Reduction` where the operation ends the logits, or raises `Refused`. An operation
+without a rule is an escape: the logits are needed in memory.
 """
 
 import functools
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-from .logits import Refused, Stacked
+from .logits import Refused
 
 Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}
@@ -96,9 +97,11 @@ def apply(node: Node, values: dict[Node, Any], others: dict[Node, Any] | None = 
     name = operation(node)
     base = out_of_place(name)
     first: Any = node.args[0] if node.args else node.kwargs.get("input")
-    function = RULES.get(f"stacked.{base}" if isinstance(values.get(first), Stacked) else base)
+    kinds = [kind for source in node.all_input_nodes if (kind := getattr(values.get(source), "kind", None))]
+    function = RULES.get(f"{kinds[0]}.{base}" if kinds else base)
     if function is None:
-        raise Refused(f"`{name}` of the logits is not understood, so they are needed in memory")
+        logits = f"the logits ({kinds[0]})" if kinds else "the logits"
+        raise Refused(f"`{name}` of {logits} is not understood, so they are needed in memory")
     args = [_operand(arg, values, base == "stack") for arg in (node.args[:1] if node.target is getattr else node.args)]
     kwargs = {key: _operand(arg, values) for key, arg in node.kwargs.items()}
     further = any(operand is not first for operand in node.all_input_nodes if operand in values)

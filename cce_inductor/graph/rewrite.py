@@ -12,6 +12,7 @@ from torch.fx import Graph, Node, Proxy
 
 from ..compat import fix, statically_equal
 from ..ops.library import scaled_loss, vocab_reductions
+from ..ops.problem import Reductions
 from ..options import Options
 from ..report import Rewrite
 from . import in_forward, words
@@ -144,8 +145,14 @@ def _emit(sweep: Sweep, site: Site, emitter: Emitter, options: Options, once: bo
             workspace_mib=options.workspace_mib,
             approximate_mass=float(options.approximate_mass),
             skip_ignored=not sweep.reads_ignored,
+            want_max=sweep.want_max,
+            want_entropy=sweep.want_entropy,
         )
-        lse, picked, total, lse_rest = (emitter.proxy(emitter.call(operator.getitem, outputs, i)) for i in range(4))
+        given = {
+            name: emitter.proxy(emitter.call(operator.getitem, outputs, i))
+            for i, name in enumerate(Reductions._fields)
+            if name != "tile_lse"
+        }
     pairs = []
     for reduction in sweep.reductions:
         node = reduction.node
@@ -153,15 +160,15 @@ def _emit(sweep: Sweep, site: Site, emitter: Emitter, options: Options, once: bo
         _require_unwritten(reads, anchor, node)
         with emitter.at(node, sweep.grad_enabled):
             results = Results(
-                lse,
-                picked,
-                total,
-                lse_rest,
-                None if flat_target is None else emitter.proxy(flat_target),
-                functools.partial(emitter.rows, reduction.logits.hidden),
-                emitter.proxy,
+                **given,
+                target=None if flat_target is None else emitter.proxy(flat_target),
+                rows=functools.partial(emitter.rows, reduction.logits.hidden),
+                proxy=emitter.proxy,
             )
-            pairs.append((node, _in_dtype_of(node, reduction.build(results))))
+            value = _in_dtype_of(node, reduction.build(results))
+            if tensor_of(value).requires_grad and not tensor_of(node).requires_grad:
+                value = emitter.call(torch.detach, value)
+            pairs.append((node, value))
     return pairs
 
 

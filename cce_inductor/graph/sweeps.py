@@ -1,14 +1,15 @@
 """Sweeps: which reductions of a site one operator call, one pass over the vocabulary, can serve."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from .effects import first_write, grad_modes, never_written_after
 from .logits import DeferredLogits, Refused
 from .reductions import Reduction
-from .registry import operation
+from .registry import operation, tensor_of
 from .sites import Site
 
 # Operations that prepare targets and may be moved before a reduction: no writes, no randomness.
@@ -42,6 +43,14 @@ class Sweep:
         return any(reduction.want_total for reduction in self.reductions)
 
     @property
+    def want_max(self) -> bool:
+        return any(reduction.want_max for reduction in self.reductions)
+
+    @property
+    def want_entropy(self) -> bool:
+        return any(reduction.want_entropy for reduction in self.reductions)
+
+    @property
     def reads_ignored(self) -> bool:
         return any(reduction.reads_ignored for reduction in self.reductions)
 
@@ -55,12 +64,22 @@ class Sweep:
             == (_flat_source(other.target), other.ignore_index)
         )
         same_total = not (self.want_total and other.want_total) or self.find("total_weight") is other.total_weight
-        same_mode = self.grad_enabled == grad_enabled
-        return same_target and same_total and same_mode and _operator_key(mine) == _operator_key(other.logits)
+        if not (same_target and same_total):
+            return False
+        if not tensor_of(other.node).requires_grad:  # what has no gradient can be taken from what has one
+            return _operator_key(_attached(mine)) == _operator_key(_attached(other.logits))
+        return self.grad_enabled == grad_enabled and _operator_key(mine) == _operator_key(other.logits)
 
 
 def _operator_key(logits: DeferredLogits) -> tuple:
     return logits.hidden.flat(), logits.weight, logits.biases, logits.logit_map
+
+
+def _attached(logits: DeferredLogits) -> DeferredLogits:
+    """Without `detach`."""
+    attached = (replay.without(torch.detach) for replay in (logits.hidden, logits.weight, *logits.biases))
+    hidden, weight, *biases = attached
+    return replace(logits, hidden=hidden, weight=weight, biases=tuple(biases))
 
 
 def _flat_source(node: Any) -> Node:

@@ -1,7 +1,8 @@
 """Backward kernel: recomputes the logits of a block and stores their gradient.
 
     x  = f(z),  z = hidden @ weight.T + bias
-    dx = exp(x - lse) * grad_lse + [v == target] * grad_picked + total_weight[v] * grad_total
+    dx = p * grad_lse + [v == target] * grad_picked + total_weight[v] * grad_total
+         + [v == argmax] * grad_maximum - p * (log p + entropy) * grad_entropy,      p = exp(x - lse)
     dz = dx * f'(z)                                                     stored in the dtype of the matmuls
     tile_bias[i, v] = sum over n in row block i of dz[n, v]             where the bias needs a gradient
 
@@ -11,7 +12,7 @@ One program owns each tile of dz. The products of dz with hidden and weight are 
 import triton
 import triton.language as tl
 
-from .pointwise import exp_of_difference
+from .pointwise import LEAST_LOG, exp_of_difference
 from .tile import position_in_tile, preactivations, tile_position
 
 
@@ -26,6 +27,10 @@ def gradient_kernel(
     grad_lse,  # [N]
     grad_picked,  # [N]
     grad_total,  # [N]
+    grad_maximum,  # [N], read where HAS_MAXIMUM
+    argmax,  # [N]
+    grad_entropy,  # [N], read where HAS_ENTROPY
+    entropy,  # [N]
     dz,  # TMA descriptor or pointer, [N, columns of the slice]
     tile_bias,  # [row blocks, columns of the slice]
     num_rows,
@@ -44,6 +49,8 @@ def gradient_kernel(
     HAS_IGNORE_INDEX: tl.constexpr,
     WANT_TOTAL: tl.constexpr,
     HAS_TOTAL_WEIGHT: tl.constexpr,
+    HAS_MAXIMUM: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
     WANT_BIAS: tl.constexpr,
     USE_TMA: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -74,11 +81,23 @@ def gradient_kernel(
             stride_hn, stride_hd, stride_wv, stride_wd, HAS_BIAS, USE_TMA, BLOCK_N, BLOCK_V, BLOCK_D,
         )  # fmt: skip
         x, slope = VALUE_AND_SLOPE(z)
-        dx = exp_of_difference(x, row_lse) * row_grad[:, None]
+        if HAS_ENTROPY:
+            row_entropy = tl.load(entropy + rows, mask=row_mask, other=0.0)
+            entropy_grad = tl.load(grad_entropy + rows, mask=row_mask, other=0.0)
+            log_p = tl.maximum(x - row_lse[:, None], LEAST_LOG)
+            scale = row_grad[:, None] - entropy_grad[:, None] * (log_p + row_entropy[:, None])
+            dx = exp_of_difference(x, row_lse) * scale
+        else:
+            dx = exp_of_difference(x, row_lse) * row_grad[:, None]
         if HAS_TARGET:  # noqa: SIM102 (known when the kernel is compiled, holds_targets is not)
             if holds_targets:
                 hit = tl.arange(0, BLOCK_V)[None, :] == position[:, None]
                 dx += tl.where(hit, target_grad[:, None], 0.0)
+        if HAS_MAXIMUM:
+            highest = tl.load(argmax + rows, mask=row_mask, other=-1)
+            maximum_grad = tl.load(grad_maximum + rows, mask=row_mask, other=0.0)
+            hit = first_column + column + tl.arange(0, BLOCK_V)[None, :] == highest[:, None]
+            dx += tl.where(hit, maximum_grad[:, None], 0.0)
         if WANT_TOTAL:
             total_grad = tl.load(grad_total + rows, mask=row_mask, other=0.0)[:, None]
             if HAS_TOTAL_WEIGHT:

@@ -3,6 +3,8 @@
     x                = f(hidden @ weight.T + bias)
     tile_lse[j, n]   = log(sum over v in tile j of exp(x[n, v]))
     tile_total[j, n] = sum over v in tile j of total_weight[v] * x[n, v]
+    tile_maximum[j, n], tile_argmax[j, n] = the largest x[n, v], v in tile j, and the first v that has it
+    tile_entropy[j, n] = - sum over v in tile j of q[v] * log q[v],  q[v] = exp(x[n, v] - tile_lse[j, n])
 
 The log-sum-exp over the whole vocabulary is the log-sum-exp of the tiles' (Wijmans et al., arXiv 2411.09009,
 computes it with locks instead). Rows left out of `hidden` cost nothing. The kernel is persistent: as many programs as
@@ -13,7 +15,7 @@ logit counts there.
 import triton
 import triton.language as tl
 
-from .pointwise import exp_of_difference
+from .pointwise import LEAST_LOG, exp_of_difference
 from .tile import preactivations, tile_position
 
 
@@ -27,6 +29,9 @@ def forward_kernel(
     row_count,  # one number: how many rows of `hidden` there are, where SOME_ROWS
     tile_lse,  # [tiles, N]
     tile_total,  # [tiles, N]
+    tile_maximum,  # [tiles, N]
+    tile_argmax,  # [tiles, N], int32
+    tile_entropy,  # [tiles, N]
     num_rows,
     num_columns,  # of the slice that `weight` holds
     width,
@@ -39,6 +44,8 @@ def forward_kernel(
     HAS_BIAS: tl.constexpr,
     WANT_TOTAL: tl.constexpr,
     HAS_TOTAL_WEIGHT: tl.constexpr,
+    WANT_MAX: tl.constexpr,
+    WANT_ENTROPY: tl.constexpr,
     SOME_ROWS: tl.constexpr,
     USE_TMA: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -80,5 +87,16 @@ def forward_kernel(
             x = tl.where(column_mask[None, :], x, -float("inf"))
         peak = tl.max(x, 1)
         shift = tl.where(peak == -float("inf"), 0.0, peak)
-        lse = shift + tl.log(tl.sum(exp_of_difference(x, shift), 1))
+        if WANT_MAX:
+            first = (first_tile + column_block) * BLOCK_V + tl.argmax(x, 1, tie_break_left=True)
+            tl.store(tile_maximum + results, peak, mask=row_mask)
+            tl.store(tile_argmax + results, first, mask=row_mask)
+        if WANT_ENTROPY:
+            exp = exp_of_difference(x, shift)
+            total = tl.sum(exp, 1)
+            spread = tl.sum(exp * tl.maximum(x - shift[:, None], LEAST_LOG), 1)
+            lse = shift + tl.log(total)
+            tl.store(tile_entropy + results, tl.log(total) - spread / total, mask=row_mask)
+        else:
+            lse = shift + tl.log(tl.sum(exp_of_difference(x, shift), 1))
         tl.store(tile_lse + results, lse, mask=row_mask)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LEAST_LOG = tl.constexpr(-1000.0)  # the exponential of anything below is zero
 
 
 @triton.jit

@@ -1,6 +1,8 @@
 """The exact backward over blocks of the logits: a vocabulary slice at a time, every output owned and written once.
 
-    dx[n, v] = exp(x[n, v] - lse[n]) * g_lse[n] + [v == target[n]] * g_picked[n] + total_weight[v] * g_total[n]
+    dx[n, v] = p[n, v] * g_lse[n] + [v == target[n]] * g_picked[n] + total_weight[v] * g_total[n]
+               + [v == argmax[n]] * g_maximum[n] - p[n, v] * (log p[n, v] + entropy[n]) * g_entropy[n]
+    p[n, v] = exp(x[n, v] - lse[n])
     dz = dx * f'(z)
     grad_hidden = dz @ weight        grad_weight = dz.T @ hidden        grad_bias = sum over n of dz
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from .blocks import ALIGNMENT, Fill, exact_backward
 from .counted import counted_rows, spread, with_rows
 from .kept import KeptLogits
-from .problem import MIB, Problem, spans
+from .problem import LEAST_LOG, MIB, Problem, Reductions, RowGradients, spans
 
 BLOCK_ROWS = 1024
 BLOCK_BYTES = 4 * MIB  # of one block of logits in float32: stays in a last-level cache while it is worked on
@@ -63,37 +63,41 @@ def check_targets(problem: Problem) -> None:
         raise IndexError(f"Target {first} is out of bounds.")
 
 
-def _target_columns(problem: Problem, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
-    """(index [rows, 1] into the block, whether [rows, 1] the row's target lies in the block and counts)."""
-    assert problem.target is not None
-    target = problem.target[rows]
-    inside = (target >= columns.start) & (target < columns.stop)
-    if problem.ignore_index is not None:
-        inside &= target != problem.ignore_index
-    return torch.where(inside, target - columns.start, 0).unsqueeze(1), inside.unsqueeze(1)
+def _in_block(index: Tensor, columns: slice, ignore_index: int | None = None) -> tuple[Tensor, Tensor]:
+    """(index [rows, 1] into the block's columns, whether [rows, 1] it lies in them and counts), for one class a row."""
+    inside = (index >= columns.start) & (index < columns.stop)
+    if ignore_index is not None:
+        inside &= index != ignore_index
+    return torch.where(inside, index - columns.start, 0).unsqueeze(1), inside.unsqueeze(1)
 
 
-def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """lse, picked, total and lse_rest, each [N]; an empty tile_lse."""
+def forward(problem: Problem) -> Reductions:
+    """With an empty tile_lse."""
     if not problem.hidden.is_cuda:
         check_targets(problem)
     counted = counted_rows(problem)
     if counted is not None:
-        vectors = forward(with_rows(problem, counted))[:4]
-        lse, picked, total, lse_rest = (spread(vector, counted, problem.num_rows) for vector in vectors)
-        return lse, picked, total, lse_rest, problem.tile_lse(0)
-    results = reduce_rows(problem, slice(0, problem.num_rows), *block_shape(problem), KeptLogits())
-    return *results, problem.tile_lse(0)
+        return _spread(problem, counted, forward(with_rows(problem, counted)))
+    return reduce_rows(problem, slice(0, problem.num_rows), *block_shape(problem), KeptLogits())
 
 
-def reduce_rows(
-    problem: Problem, group: slice, block_rows: int, block_columns: int, kept: KeptLogits
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """lse, picked, total and lse_rest of a group of rows, reduced from those of the vocabulary slices."""
+def _spread(problem: Problem, counted: Tensor, few: Reductions) -> Reductions:
+    """The results of the rows that count in their places among all rows."""
+    wanted = ["lse", "picked", "total", "lse_rest"]
+    wanted += ["maximum", "argmax"] * problem.want_max + ["entropy"] * problem.want_entropy
+    vectors = {name: spread(getattr(few, name), counted, problem.num_rows) for name in wanted}
+    return few._replace(**vectors, tile_lse=problem.tile_lse(0))
+
+
+def reduce_rows(problem: Problem, group: slice, block_rows: int, block_columns: int, kept: KeptLogits) -> Reductions:
+    """The reductions of a group of rows, from those of the vocabulary slices."""
     slices = list(spans(problem.vocab_size, block_columns))
     row_count = group.stop - group.start
     picked = problem.zeros(row_count)
     slice_peak, slice_sum, slice_total = (problem.zeros(len(slices), row_count) for _ in range(3))
+    slice_spread = problem.zeros(len(slices) if problem.want_entropy else 0, row_count)
+    maximum = problem.zeros(row_count if problem.want_max else 0).fill_(-torch.inf)
+    argmax = torch.zeros_like(maximum, dtype=torch.int64)
     for number, columns in enumerate(slices):
         weight = problem.weight_rows(columns)
         for rows in spans(group.stop, block_rows, group.start):
@@ -101,21 +105,58 @@ def reduce_rows(
             place = kept.block(rows, columns)
             x = problem.logit_map(_preactivations(problem, rows, columns, weight, place, again=False))
             if problem.target is not None:
-                index, inside = _target_columns(problem, rows, columns)
+                index, inside = _in_block(problem.target[rows], columns, problem.ignore_index)
                 picked[here] += torch.where(inside, x.gather(1, index), 0.0).squeeze(1)
             if problem.want_total:
                 slice_total[number, here] = _weighted_sum(problem, x, columns)
-            slice_peak[number, here], slice_sum[number, here] = _sum_exp(x, None if x is place else x)
+            if problem.want_max:
+                _keep_larger(maximum[here], argmax[here], x, columns)
+            spread = slice_spread[number, here] if problem.want_entropy else None
+            slice_peak[number, here], slice_sum[number, here] = _sum_exp(x, None if x is place else x, spread)
     lse, lse_rest = _log_sum(slice_peak, slice_sum)
-    return lse, picked, slice_total.sum(0), lse_rest
+    entropy = _entropy(slice_peak, slice_sum, slice_spread) if problem.want_entropy else problem.zeros(0)
+    return Reductions(lse, picked, slice_total.sum(0), maximum, argmax, entropy, lse_rest, problem.tile_lse(0))
 
 
-def _sum_exp(x: Tensor, scratch: Tensor | None) -> tuple[Tensor, Tensor]:
+def _keep_larger(maximum: Tensor, argmax: Tensor, x: Tensor, columns: slice) -> None:
+    """Takes the largest logit of a block, and the first place that has it, where it is larger than those before it."""
+    value, index = x.max(1)
+    larger = (value > maximum) | (value.isnan() & ~maximum.isnan())  # nan counts as the largest, as in torch.max
+    argmax.copy_(torch.where(larger, index + columns.start, argmax))
+    maximum.copy_(torch.where(larger, value, maximum))
+
+
+def _sum_exp(x: Tensor, scratch: Tensor | None, spread: Tensor | None) -> tuple[Tensor, Tensor]:
     """(shift, sum over columns of exp(x - shift)), the shift the largest x or 0; the sum is nan where x has a nan or
-    +inf. The scratch, where there is one, is overwritten; it may be x itself."""
+    +inf. The scratch, where there is one, is overwritten; it may be x itself. The spread, where it is wanted, becomes
+    the sum over columns of exp(x - shift) * (x - shift)."""
     peak = x.amax(1, keepdim=True)
     shift = peak.masked_fill(peak == -torch.inf, 0.0)
-    return shift.squeeze(1), torch.sub(x, shift, out=scratch).exp_().sum(1)
+    difference = torch.sub(x, shift, out=scratch)
+    if spread is None:
+        return shift.squeeze(1), difference.exp_().sum(1)
+    exp = difference.exp()
+    spread.copy_(difference.clamp_(min=LEAST_LOG).mul_(exp).sum(1))
+    return shift.squeeze(1), exp.sum(1)
+
+
+def _shifts(peaks: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """(peak [rows], peaks - peak [slices, rows]): the largest of the slices' peaks, and how far they lie below it."""
+    peaks = torch.where(sums == 0, -torch.inf, peaks)
+    peak = peaks.amax(0)
+    peak = peak.masked_fill(peak == -torch.inf, 0.0)
+    return peak, peaks - peak
+
+
+def _entropy(peaks: Tensor, sums: Tensor, spreads: Tensor) -> Tensor:
+    """log s - t / s, s the sum over all columns of exp(x - peak), t that of exp(x - peak) * (x - peak): both terms are
+    positive, so that nothing cancels in confident rows."""
+    if len(peaks) == 0:
+        return sums.sum(0)
+    _, shift = _shifts(peaks, sums)
+    scale = shift.exp()
+    total = (scale * sums).sum(0)
+    return total.log() - (scale * (spreads + sums * shift.clamp(min=LEAST_LOG))).sum(0) / total
 
 
 def _log_sum(peaks: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,9 +168,8 @@ def _log_sum(peaks: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
     if len(peaks) == 0:
         nothing = sums.sum(0)
         return nothing.log(), nothing
-    peak = torch.where(sums == 0, -torch.inf, peaks).amax(0)
-    peak = peak.masked_fill(peak == -torch.inf, 0.0)
-    log_sum = (sums * torch.exp(peaks - peak)).sum(0).log()
+    peak, shift = _shifts(peaks, sums)
+    log_sum = (sums * shift.exp()).sum(0).log()
     lse = peak + log_sum
     return lse, torch.where(lse.isfinite(), log_sum - (lse - peak), 0.0)
 
@@ -139,30 +179,36 @@ def _weighted_sum(problem: Problem, x: Tensor, columns: slice) -> Tensor:
 
 
 def backward(
-    problem: Problem, lse: Tensor, tile_lse: Tensor, grads: list[Tensor], needs_grad: list[bool]
+    problem: Problem, lse: Tensor, tile_lse: Tensor, grads: RowGradients, needs_grad: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias for the gradients [lse, picked, total] of the results; always exact."""
+    """Gradients of hidden, weight and bias for those of the results; always exact."""
     counted = counted_rows(problem)
     if counted is not None:
         part = with_rows(problem, counted)
-        few, grad_weight, grad_bias = backward(part, lse[counted], tile_lse, [g[counted] for g in grads], needs_grad)
+        part_grads = grads.map(lambda vector: vector[counted])
+        few, grad_weight, grad_bias = backward(part, lse[counted], tile_lse, part_grads, needs_grad)
         return spread(few, counted, problem.num_rows) if needs_grad[0] else few, grad_weight, grad_bias
     return exact_backward(problem, needs_grad, *block_shape(problem), gradient_of(problem, lse, grads, KeptLogits()))
 
 
-def gradient_of(problem: Problem, lse: Tensor, grads: list[Tensor], kept: KeptLogits) -> Fill:
-    """Computes blocks of dz for the gradients of lse, picked and total, each [N]: from kept logits, or anew."""
-    grad_lse, grad_picked, grad_total = (g.unsqueeze(1) for g in grads)
+def gradient_of(problem: Problem, lse: Tensor, grads: RowGradients, kept: KeptLogits) -> Fill:
+    """Computes blocks of dz for the gradients of the results: from kept logits, or anew."""
+    grad_lse, grad_picked, grad_total = (g.unsqueeze(1) for g in grads[:3])
 
     def fill(rows: slice, columns: slice, weight: Tensor, dz: Tensor, grad_bias: Tensor | None) -> None:
         z = _preactivations(problem, rows, columns, weight, kept.block(rows, columns), again=True)
         x, slope = problem.logit_map.value_and_derivative(z)
         spare = None if slope is not None else x  # of another dtype than dz, x is a copy; it and the slope may be one
         place = dz if dz.dtype == x.dtype else spare
-        dx = torch.sub(x, lse[rows].unsqueeze(1), out=place).exp_().mul_(grad_lse[rows])
+        log_p = torch.sub(x, lse[rows].unsqueeze(1), out=place)
+        scale = grad_lse[rows] if grads.entropy is None else _with_entropy(log_p, grads, rows)
+        dx = log_p.exp_().mul_(scale)
         if problem.target is not None:
-            index, inside = _target_columns(problem, rows, columns)
+            index, inside = _in_block(problem.target[rows], columns, problem.ignore_index)
             dx.scatter_add_(1, index, torch.where(inside, grad_picked[rows], 0.0))
+        if grads.maximum is not None and grads.argmax is not None:
+            index, inside = _in_block(grads.argmax[rows], columns)
+            dx.scatter_add_(1, index, torch.where(inside, grads.maximum[rows].unsqueeze(1), 0.0))
         if problem.want_total:
             total_weight = 1.0 if problem.total_weight is None else problem.total_weight[columns].to(dx.dtype)
             dx += grad_total[rows] * total_weight
@@ -174,3 +220,13 @@ def gradient_of(problem: Problem, lse: Tensor, grads: list[Tensor], kept: KeptLo
             dz.copy_(dx)
 
     return fill
+
+
+def _with_entropy(log_p: Tensor, grads: RowGradients, rows: slice) -> Tensor:
+    """What multiplies the probabilities p of a block in dx, as dH / dx = -p * (log p + H) of the entropy H."""
+    assert grads.entropy is not None
+    assert grads.row_entropy is not None
+    grad_lse, grad_entropy, entropy = (
+        vector[rows].unsqueeze(1) for vector in (grads.lse, grads.entropy, grads.row_entropy)
+    )
+    return grad_lse - grad_entropy * (log_p.clamp(min=LEAST_LOG) + entropy)

@@ -19,7 +19,7 @@ from . import cpu, sparse
 from .blocks import ALIGNMENT, exact_backward
 from .fallback import first_that_runs, smaller
 from .launch import can_use_tma, describable, device_properties, interpretable
-from .problem import Problem, spans
+from .problem import LEAST_LOG, Problem, Reductions, RowGradients, spans
 
 COLUMN_MULTIPLE = 256  # vocabulary slices are multiples of the widest tile
 NARROWEST_SLICE = 8 * COLUMN_MULTIPLE  # below this, the matmuls of the backward would be short of work
@@ -46,8 +46,8 @@ def kept_tiles(
     return -(-vocab_size // tile_config(device_properties(device)[0], backward=False).block_v)
 
 
-def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """lse, picked, total and lse_rest, each [N] in float32; tile_lse [tiles, N] for a sparse backward, else [0, N].
+def forward(problem: Problem) -> Reductions:
+    """With tile_lse [tiles, N] for a sparse backward, else [0, N].
 
     lse_rest is zero here: the rounding of 16-bit operands outweighs it by far.
     """
@@ -72,19 +72,22 @@ def _kept_tiles(problem: Problem) -> int:
     return kept_tiles(device, problem.vocab_size, dtype, problem.want_total, problem.approximate_mass)
 
 
-def _aten_forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _aten_forward(problem: Problem) -> Reductions:
     """Of tiles it knows nothing; infinite ones make an approximate backward skip none."""
     assert_targets(problem)
-    return *cpu.forward(problem)[:4], problem.tile_lse(_kept_tiles(problem)).fill_(float("inf"))
+    return cpu.forward(problem)._replace(tile_lse=problem.tile_lse(_kept_tiles(problem)).fill_(float("inf")))
 
 
-def _triton_forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _triton_forward(problem: Problem) -> Reductions:
     kept = _kept_tiles(problem)
     rows = _Rows.of(problem)
     launch = Launch(problem, backward=False, hidden=rows.hidden)
     tiles = -(-problem.vocab_size // launch.config.block_v)
     tile_lse = problem.tile_lse(tiles)
     tile_total = torch.empty_like(tile_lse) if problem.want_total else None
+    tile_maximum = torch.empty_like(tile_lse) if problem.want_max else None
+    tile_argmax = torch.empty_like(tile_lse, dtype=torch.int32) if problem.want_max else None
+    tile_entropy = torch.empty_like(tile_lse) if problem.want_entropy else None
     for columns in _forward_slices(problem):
         launch(
             forward_kernel,
@@ -96,16 +99,51 @@ def _triton_forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, T
             SOME_ROWS=rows.row_of is not None,
             tile_lse=tile_lse,
             tile_total=tile_total,
+            tile_maximum=tile_maximum,
+            tile_argmax=tile_argmax,
+            tile_entropy=tile_entropy,
+            WANT_MAX=problem.want_max,
+            WANT_ENTROPY=problem.want_entropy,
             first_tile=columns.start // launch.config.block_v,
             VALUE=template.load(problem.logit_map).value,
         )
     lse = torch.logsumexp(tile_lse, 0)
     total = torch.zeros_like(lse) if tile_total is None else tile_total.sum(0)
+    entropy = problem.zeros(0) if tile_entropy is None else _entropy(lse, tile_lse, tile_entropy)
+    maximum, argmax = problem.zeros(0), problem.zeros(0).long()
+    if tile_maximum is not None and tile_argmax is not None:
+        maximum, argmax = _maximum(lse, tile_maximum, tile_argmax)
     counts = problem.counts
     if counts is not None:  # what the kernel left out was never written
         lse = torch.where(counts, lse, float("inf"))
         total = torch.where(counts, total, 0.0) if problem.want_total else total
-    return lse, _picked(problem, lse), total, torch.zeros_like(lse), tile_lse if kept else problem.tile_lse(0)
+        entropy = torch.where(counts, entropy, 0.0) if problem.want_entropy else entropy
+        if problem.want_max:
+            maximum, argmax = torch.where(counts, maximum, 0.0), torch.where(counts, argmax, 0)
+    return Reductions(
+        lse=lse,
+        picked=_picked(problem, lse),
+        total=total,
+        maximum=maximum,
+        argmax=argmax,
+        entropy=entropy,
+        lse_rest=torch.zeros_like(lse),
+        tile_lse=tile_lse if kept else problem.tile_lse(0),
+    )
+
+
+def _entropy(lse: Tensor, tile_lse: Tensor, tile_entropy: Tensor) -> Tensor:
+    """Of which tile a class lies in, plus the mean of that of which class of a tile it is."""
+    log_mass = tile_lse - lse
+    within = tile_entropy - log_mass.clamp(min=LEAST_LOG)
+    return torch.where(log_mass < LEAST_LOG, 0.0, log_mass.exp() * within).sum(0)
+
+
+def _maximum(lse: Tensor, tile_maximum: Tensor, tile_argmax: Tensor) -> tuple[Tensor, Tensor]:
+    """(maximum, argmax): the first of several equal ones. The kernel overlooks nan, which counts as the largest."""
+    maximum, tile = tile_maximum.max(0)
+    argmax = tile_argmax.gather(0, tile.unsqueeze(0)).squeeze(0).long()
+    return torch.where(lse.isnan() & (maximum != float("inf")), float("nan"), maximum), argmax
 
 
 @dataclass(frozen=True)
@@ -175,13 +213,14 @@ def _picked(problem: Problem, lse: Tensor) -> Tensor:
 
 
 def backward(
-    problem: Problem, lse: Tensor, tile_lse: Tensor, grads: list[Tensor], needs_grad: list[bool]
+    problem: Problem, lse: Tensor, tile_lse: Tensor, grads: RowGradients, needs_grad: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias for the gradients [lse, picked, total] of the results."""
+    """Gradients of hidden, weight and bias for those of the results."""
     saved, small = (lse, tile_lse, grads, needs_grad), smaller(problem)
     ways: dict[str, Callable] = {}
     if supported(problem):
-        if len(tile_lse) > 0 and sparse.worthwhile(problem, needs_grad):
+        plain = grads.maximum is None and grads.entropy is None
+        if len(tile_lse) > 0 and plain and sparse.worthwhile(problem, needs_grad):
             ways["the sparse backward"] = lambda: sparse.backward(problem, *saved)
         ways["the exact Triton backward"] = lambda: _exact_backward(problem, lse, grads, needs_grad)
         ways["the exact Triton backward in less memory"] = lambda: _exact_backward(small, lse, grads, needs_grad)
@@ -192,13 +231,13 @@ def backward(
 
 
 def _exact_backward(
-    problem: Problem, lse: Tensor, grads: list[Tensor], needs_grad: list[bool]
+    problem: Problem, lse: Tensor, grads: RowGradients, needs_grad: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     launch = Launch(problem, backward=True, hidden=problem.hidden)
     value_and_slope = template.load(problem.logit_map).value_and_slope
 
     def fill(rows: slice, columns: slice, weight: Tensor, dz: Tensor, grad_bias: Tensor | None) -> None:
-        grad_lse, grad_picked, grad_total = (grad[rows] for grad in grads)
+        here = grads.map(lambda vector: vector[rows])
         tile_bias = None
         if grad_bias is not None:
             tile_bias = problem.zeros(launch.row_blocks(rows), weight.shape[0])
@@ -208,9 +247,13 @@ def _exact_backward(
             columns,
             weight,
             lse=lse[rows],
-            grad_lse=grad_lse,
-            grad_picked=grad_picked,
-            grad_total=grad_total,
+            grad_lse=here.lse,
+            grad_picked=here.picked,
+            grad_total=here.total,
+            grad_maximum=here.maximum,
+            grad_entropy=here.entropy,
+            argmax=here.argmax if here.maximum is not None else None,
+            entropy=here.row_entropy if here.entropy is not None else None,
             target=None if problem.target is None else problem.target[rows],
             first_column=columns.start,
             ignore_index=problem.ignore_index or 0,
@@ -220,6 +263,8 @@ def _exact_backward(
             HAS_TARGET=problem.target is not None,
             HAS_IGNORE_INDEX=problem.ignore_index is not None,
             WANT_BIAS=grad_bias is not None,
+            HAS_MAXIMUM=here.maximum is not None,
+            HAS_ENTROPY=here.entropy is not None,
         )
         if grad_bias is not None and tile_bias is not None:
             grad_bias += tile_bias.sum(0)

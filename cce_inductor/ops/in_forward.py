@@ -20,7 +20,7 @@ from .blocks import Gradients, add_rows
 from .counted import counted_rows, spread, with_rows
 from .fallback import first_that_runs, smaller
 from .kept import KeptLogits
-from .problem import Problem, spans
+from .problem import Problem, RowGradients, spans
 
 LOGITS_SHARE = 4  # a workspace is no larger than a quarter of the logits, whose memory the operators are there to save
 FEWEST_ROWS = 256  # of a group: with fewer, reading and writing the sums takes longer than the matmuls
@@ -57,7 +57,7 @@ def _loss_and_gradients(
     coefficient = torch.where(counts, coefficient, 0.0)
     gradients = Gradients.allocate(problem, needs_grad)
     losses, lse, grad_lse = (problem.zeros(problem.num_rows) for _ in range(3))
-    grads = [grad_lse, -coefficient, torch.zeros_like(grad_lse)]
+    grads = RowGradients(grad_lse, -coefficient, torch.zeros_like(grad_lse))
     workspace_bytes = _workspace_bytes(problem)
     group_rows = _group_rows(problem, workspace_bytes)
     block_rows, block_columns = cpu.block_shape(problem, group_rows)
@@ -65,9 +65,11 @@ def _loss_and_gradients(
     kept = KeptLogits.within(problem, group_rows, block_columns, workspace_bytes, room)
     fill = cpu.gradient_of(problem, lse, grads, kept)
     for rows in spans(problem.num_rows, max(1, group_rows)):
-        lse[rows], picked, _, lse_rest = cpu.reduce_rows(problem, rows, block_rows, block_columns, kept)
-        losses[rows] = lse[rows] - picked + lse_rest
-        grad_lse[rows] = coefficient[rows] * torch.exp(-lse_rest)  # exp(x - lse - lse_rest) without a pass over x
+        results = cpu.reduce_rows(problem, rows, block_rows, block_columns, kept)
+        lse[rows] = results.lse
+        losses[rows] = results.lse - results.picked + results.lse_rest
+        # exp(x - lse - lse_rest) without a pass over x
+        grad_lse[rows] = coefficient[rows] * torch.exp(-results.lse_rest)
         add_rows(problem, gradients, rows, block_rows, block_columns, fill)
     loss = torch.where(counts, coefficient * losses, 0.0).sum()
     return loss, *gradients.results(problem)

@@ -1,7 +1,7 @@
 """The operators as PyTorch knows them: schema, shapes, gradients and FLOP counts.
 
     cce_inductor::vocab_reductions(hidden [N, D], weight [V, D], bias [V]?, target [N]?, total_weight [V]?, ...)
-        -> lse [N], picked [N], total [N], lse_rest [N], tile_lse [tiles, N]
+        -> lse [N], picked [N], total [N], maximum [N], argmax [N], entropy [N], lse_rest [N], tile_lse [tiles, N]
 
     cce_inductor::scaled_loss(hidden [N, D], weight [V, D], bias [V]?, target [N], coefficient [N], ...)
         -> loss [], grad_hidden [N, D], grad_weight [V, D], grad_bias [V]
@@ -12,10 +12,11 @@ The coefficients get no gradient.
 
 `reference.py` says what is computed. `logit_map` is the text of a `LogitMap`. `compute_dtype` is what the operands of
 the matmuls are cast to (autocast: a float32 parameter with bfloat16 arithmetic), while gradients come back in each
-input's own dtype. `want_total` asks for the third result, which is zero otherwise. `workspace_mib` bounds the scratch
+input's own dtype. `want_total` asks for the third result, which is zero otherwise, `want_max` for maximum and argmax,
+`want_entropy` for the entropy, which are empty otherwise. `workspace_mib` bounds the scratch
 memory of the backward. `approximate_mass` is how much of each row's probability the backward may approximate, 0 for
 exact gradients. `tile_lse` is what the forward hands to an approximate backward, where there is one, else empty. With
-`skip_ignored` nobody reads lse and total of rows whose target is `ignore_index`: they may be anything but nan.
+`skip_ignored` nobody reads results but picked of rows whose target is `ignore_index`: they may be anything but nan.
 `lse_rest` is what rounding took from lse: a log-probability is picked - lse - lse_rest. It has no gradient. In a
 row with a nan or +inf logit lse is nan, as the log-softmax of such a row is.
 """
@@ -32,7 +33,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..logit_map import LogitMap
 from . import cpu, cuda, in_forward
-from .problem import Problem, accumulate_dtype, check
+from .problem import Problem, Reductions, RowGradients, accumulate_dtype, check
 
 NAMESPACE = "cce_inductor"
 
@@ -40,14 +41,17 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 _library.define(
     "vocab_reductions(Tensor hidden, Tensor weight, Tensor? bias, Tensor? target, Tensor? total_weight, *, "
     "str logit_map, bool want_total, int? ignore_index, ScalarType compute_dtype, int workspace_mib, "
-    "float approximate_mass=0.0, bool skip_ignored=False) "
-    "-> (Tensor lse, Tensor picked, Tensor total, Tensor lse_rest, Tensor tile_lse)"
+    "float approximate_mass=0.0, bool skip_ignored=False, bool want_max=False, bool want_entropy=False) "
+    "-> (Tensor lse, Tensor picked, Tensor total, Tensor maximum, Tensor argmax, Tensor entropy, Tensor lse_rest, "
+    "Tensor tile_lse)"
 )
 _library.define(
-    "vocab_reductions_backward(Tensor grad_lse, Tensor grad_picked, Tensor grad_total, Tensor lse, "
-    "Tensor tile_lse, Tensor hidden, Tensor weight, Tensor? bias, Tensor? target, Tensor? total_weight, *, "
+    "vocab_reductions_backward(Tensor grad_lse, Tensor grad_picked, Tensor grad_total, Tensor? grad_maximum, "
+    "Tensor? grad_entropy, Tensor argmax, Tensor entropy, Tensor lse, Tensor tile_lse, "
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor? target, Tensor? total_weight, *, "
     "str logit_map, bool want_total, int? ignore_index, ScalarType compute_dtype, int workspace_mib, "
-    "bool[] needs_grad, float approximate_mass=0.0, bool skip_ignored=False) "
+    "bool[] needs_grad, float approximate_mass=0.0, bool skip_ignored=False, bool want_max=False, "
+    "bool want_entropy=False) "
     "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
 )
 _library.define(
@@ -78,7 +82,7 @@ def _refuse_tangents(*tensors: Tensor | None) -> None:
         raise NotImplementedError("forward-mode differentiation of a linear cross-entropy is not supported")
 
 
-def _forward(implementation: Any, hidden: Tensor, *args: Any, **options: Any) -> tuple[Tensor, ...]:
+def _forward(implementation: Any, hidden: Tensor, *args: Any, **options: Any) -> Reductions:
     _refuse_tangents(hidden, *args)
     with _plain_context(hidden):
         return implementation.forward(Problem.of(hidden, *args, **options))
@@ -89,6 +93,10 @@ def _backward(
     grad_lse: Tensor,
     grad_picked: Tensor,
     grad_total: Tensor,
+    grad_maximum: Tensor | None,
+    grad_entropy: Tensor | None,
+    argmax: Tensor,
+    entropy: Tensor,
     lse: Tensor,
     tile_lse: Tensor,
     hidden: Tensor,
@@ -96,8 +104,9 @@ def _backward(
     needs_grad: list[bool],
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _refuse_tangents(grad_lse, grad_picked, grad_total, hidden, *args)
-    lse, *grads = (vector.contiguous() for vector in (lse, grad_lse, grad_picked, grad_total))
+    _refuse_tangents(grad_lse, grad_picked, grad_total, grad_maximum, grad_entropy, hidden, *args)
+    grads = RowGradients(grad_lse, grad_picked, grad_total, grad_maximum, grad_entropy, argmax, entropy)
+    lse, grads = lse.contiguous(), grads.map(Tensor.contiguous)
     with _plain_context(hidden):
         return implementation.backward(Problem.of(hidden, *args, **options), lse, tile_lse, grads, needs_grad)
 
@@ -140,15 +149,28 @@ def _forward_fake(
     logit_map: str,
     want_total: bool,
     approximate_mass: float = 0.0,
+    want_max: bool = False,
+    want_entropy: bool = False,
     **_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Reductions:
     check(hidden, weight, bias, target, total_weight, compute_dtype)
     LogitMap.parse(logit_map)
     tiles = cuda.kept_tiles(hidden.device, weight.shape[0], compute_dtype, want_total, approximate_mass)
-    lse, picked, total, lse_rest = (
-        hidden.new_empty((hidden.shape[0],), dtype=accumulate_dtype(compute_dtype)) for _ in range(4)
+    rows, sums = hidden.shape[0], accumulate_dtype(compute_dtype)
+
+    def vector(wanted: bool = True, dtype: torch.dtype = sums) -> Tensor:
+        return hidden.new_empty((rows if wanted else 0,), dtype=dtype)
+
+    return Reductions(
+        lse=vector(),
+        picked=vector(),
+        total=vector(),
+        maximum=vector(want_max),
+        argmax=vector(want_max, torch.int64),
+        entropy=vector(want_entropy),
+        lse_rest=vector(),
+        tile_lse=hidden.new_empty((tiles, rows), dtype=torch.float32),
     )
-    return lse, picked, total, lse_rest, hidden.new_empty((tiles, hidden.shape[0]), dtype=torch.float32)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::vocab_reductions_backward", lib=_library)
@@ -156,6 +178,10 @@ def _backward_fake(
     grad_lse: Tensor,
     grad_picked: Tensor,
     grad_total: Tensor,
+    grad_maximum: Tensor | None,
+    grad_entropy: Tensor | None,
+    argmax: Tensor,
+    entropy: Tensor,
     lse: Tensor,
     tile_lse: Tensor,
     hidden: Tensor,
@@ -198,17 +224,35 @@ def _scaled_loss_fake(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: tuple) -> None:
-    lse, _, _, lse_rest, tile_lse = output
-    ctx.mark_non_differentiable(lse_rest, tile_lse)
-    ctx.save_for_backward(lse_rest, lse, tile_lse, *inputs)
+    lse, _, _, _, argmax, entropy, lse_rest, tile_lse = output
+    ctx.mark_non_differentiable(argmax, lse_rest, tile_lse)
+    ctx.set_materialize_grads(False)  # a maximum or an entropy that is only looked at costs the backward nothing
+    ctx.save_for_backward(lse_rest, argmax, entropy, lse, tile_lse, *inputs)
     ctx.options = keyword_only_inputs
 
 
-def _gradients(ctx: Any, grad_lse: Tensor, grad_picked: Tensor, grad_total: Tensor, *_: Tensor) -> tuple:
+def _gradients(
+    ctx: Any,
+    grad_lse: Tensor | None,
+    grad_picked: Tensor | None,
+    grad_total: Tensor | None,
+    grad_maximum: Tensor | None,
+    _: None,
+    grad_entropy: Tensor | None,
+    *__: None,
+) -> tuple:
     needs_grad = list(ctx.needs_input_grad[:3])
-    lse_rest, *saved = ctx.saved_tensors
-    grad_lse = grad_lse * torch.exp(-lse_rest)  # exp(x - lse - lse_rest) without a pass over the logits
-    grads = vocab_reductions_backward(grad_lse, grad_picked, grad_total, *saved, **ctx.options, needs_grad=needs_grad)
+    lse_rest, argmax, entropy, lse, *saved = ctx.saved_tensors
+    grads = [torch.zeros_like(lse) if grad is None else grad for grad in (grad_lse, grad_picked, grad_total)]
+    # exp(x - lse - lse_rest) and x - lse - lse_rest without a pass over the logits
+    scale = torch.exp(-lse_rest)
+    grads[0] = grads[0] * scale
+    grad_maximum = grad_maximum if ctx.options.get("want_max") else None
+    grad_entropy = grad_entropy if ctx.options.get("want_entropy") else None
+    if grad_entropy is not None:
+        grad_entropy, entropy = grad_entropy * scale, entropy - lse_rest
+    results = (grad_maximum, grad_entropy, argmax, entropy, lse, *saved)
+    grads = vocab_reductions_backward(*grads, *results, **ctx.options, needs_grad=needs_grad)
     return *(grad if needed else None for grad, needed in zip(grads, needs_grad, strict=True)), None, None
 
 
@@ -280,6 +324,10 @@ def _backward_flops(
     grad_lse: torch.Size,
     grad_picked: torch.Size,
     grad_total: torch.Size,
+    grad_maximum: torch.Size | None,
+    grad_entropy: torch.Size | None,
+    argmax: torch.Size,
+    entropy: torch.Size,
     lse: torch.Size,
     tile_lse: torch.Size,
     hidden: torch.Size,

@@ -1,7 +1,8 @@
 """The operands of one call of the operators, validated and in the form that the implementations use."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,7 +10,40 @@ from torch import Tensor
 from ..logit_map import LogitMap
 
 MIB = 1 << 20
+LEAST_LOG = -1000.0  # in no dtype has anything below it an exponential other than zero
 COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Reductions(NamedTuple):
+    """What the operator gives: see `reference.py`. Vectors [N] in the dtype of sums; argmax is int64."""
+
+    lse: Tensor
+    picked: Tensor
+    total: Tensor
+    maximum: Tensor  # this and the next two are empty where nobody wants them
+    argmax: Tensor
+    entropy: Tensor
+    lse_rest: Tensor  # what rounding took from lse
+    tile_lse: Tensor  # [tiles, N], for a sparse backward
+
+
+class RowGradients(NamedTuple):
+    """What a backward starts from: the gradients of the results, [N] each, and the results that two of them refer to.
+
+    None stands for zeros that need no work.
+    """
+
+    lse: Tensor
+    picked: Tensor
+    total: Tensor
+    maximum: Tensor | None = None
+    entropy: Tensor | None = None
+    argmax: Tensor | None = None  # with a gradient of the maximum
+    row_entropy: Tensor | None = None  # with a gradient of the entropy
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "RowGradients":
+        """The same of each vector that there is."""
+        return RowGradients._make(None if vector is None else function(vector) for vector in self)
 
 
 @dataclass(frozen=True)
@@ -30,7 +64,9 @@ class Problem:
     ignore_index: int | None
     workspace_bytes: int
     approximate_mass: float = 0.0  # of a row, in the backward
-    skip_ignored: bool = False  # nobody reads lse and total of rows whose target is ignore_index
+    skip_ignored: bool = False  # nobody reads results but picked of rows whose target is ignore_index
+    want_max: bool = False  # and argmax
+    want_entropy: bool = False
 
     @classmethod
     def of(
@@ -48,6 +84,8 @@ class Problem:
         workspace_mib: int,
         approximate_mass: float = 0.0,
         skip_ignored: bool = False,
+        want_max: bool = False,
+        want_entropy: bool = False,
     ) -> "Problem":
         """Checks the operands as the schema gives them; the errors are of the kinds that eager PyTorch raises."""
         check(hidden, weight, bias, target, total_weight, compute_dtype)
@@ -66,6 +104,8 @@ class Problem:
             workspace_bytes=workspace_mib * MIB,
             approximate_mass=approximate_mass,
             skip_ignored=skip_ignored,
+            want_max=want_max,
+            want_entropy=want_entropy,
         )
 
     @property

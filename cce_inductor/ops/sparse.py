@@ -26,7 +26,7 @@ from ..kernels.sparse import (
     weight_gradient_kernel,
 )
 from .launch import can_use_tma, device_properties, interpretable
-from .problem import Problem
+from .problem import Problem, RowGradients
 from .row_lists import RowLists, most_blocks_of_a_tile
 
 LEAST_FLOPS = 10**12  # of the logits, one to two milliseconds: as long as the host takes to start the kernels
@@ -35,7 +35,7 @@ _compensates = True
 
 
 def worthwhile(problem: Problem, needs_grad: list[bool]) -> bool:
-    """Whether to take the sparse backward.
+    """Whether to take the sparse backward, which knows no gradients of maximum and entropy.
 
     Not where the bias needs a gradient, where planning costs more time than it saves, or where the logit map has a
     slope without a known bound, which the fixed-point sums need.
@@ -45,10 +45,10 @@ def worthwhile(problem: Problem, needs_grad: list[bool]) -> bool:
 
 
 def backward(
-    problem: Problem, lse: Tensor, tile_lse: Tensor, grads: list[Tensor], needs_grad: list[bool]
+    problem: Problem, lse: Tensor, tile_lse: Tensor, grads: RowGradients, needs_grad: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(grad_hidden, grad_weight, an empty one for the bias), from what `cuda.forward` gave."""
-    sparse = _SparseBackward(problem, lse, tile_lse, *grads[:2])
+    sparse = _SparseBackward(problem, lse, tile_lse, grads.lse, grads.picked)
     empty = problem.hidden.new_empty(0)
     grad_hidden, grad_weight, fixed, skipped_hidden = empty, empty, empty, empty
     if needs_grad[0]:

@@ -3,7 +3,8 @@
     pytest -m fuzz                                # 200 programs
     pytest -m fuzz --hypothesis-profile=long      # 5,000, others each time
 
-Where the pass rewrites, outputs, gradients and the arguments as they are left are no further from float64 than eager's (or Inductor's), but for rounding. Where it does not, they are the same bits. Random numbers are the same.
+Where the pass rewrites, outputs, gradients and the arguments as they are left are no further from float64 than eager's
+(or Inductor's), but for rounding. Where it does not, they are the same bits. Random numbers are the same.
 Most programs run the graphs that the pass leaves without compiling them further, a few go through Inductor.
 """
 

@@ -12,9 +12,8 @@ import torch.nn.functional as F
 
 from cce_inductor.logit_map import LogitMap
 from cce_inductor.ops import reference
-from cce_inductor.ops.problem import Problem
+from cce_inductor.ops.problem import Problem, RowGradients
 
-NAMES = ("lse", "picked", "total", "grad_hidden", "grad_weight", "grad_bias")
 MAPS = ("z", "0.5*z", "z/3.0 + 0.25", "5.0*tanh(z/5.0)", "2.0*sigmoid(z)", "tanh(0.5*z) + 0.1*z")
 
 
@@ -33,6 +32,8 @@ class Case:
     ignore_index: int | None = -100
     total: bool = True
     class_weight: bool = True
+    max: bool = False
+    entropy: bool = False
     strides: str = "contiguous"  # or "transposed", "sliced", "expanded"
     seed: int = 0
     device: str = "cpu"
@@ -46,14 +47,36 @@ class Case:
         self.bias_vector = self._vector(self.vocab, self.dtype) if self.bias else None
         self.class_weights = self._vector(self.vocab, torch.float32).abs() if self.class_weight else None
         self.targets = self._targets() if self.target else None
-        self.grads = [self._vector(self.rows, self.accumulate_dtype) for _ in range(3)]
+        self.grads = [self._vector(self.rows, self.accumulate_dtype) for _ in range(5)]
         self.options = {
             "logit_map": self.logit_map,
             "want_total": self.total,
             "ignore_index": self.ignore_index,
             "compute_dtype": self.compute_dtype,
             "workspace_mib": 1,
+            "want_max": self.max,
+            "want_entropy": self.entropy,
         }
+
+    @property
+    def names(self):
+        """What `ours`, `exact` and `eager` give: the results, then the gradients."""
+        results = ["lse", "picked", "total", *["maximum"] * self.max, *["entropy"] * self.entropy]
+        return [*results, "grad_hidden", "grad_weight", *["grad_bias"] * self.bias]
+
+    def row_gradients(self, results=None):
+        """What a backward starts from, after a forward that gave these results."""
+        grad_lse, *others = (g.contiguous() for g in self.grads)
+        if results is None:
+            return RowGradients(grad_lse, *others[:2])
+        return RowGradients(
+            grad_lse * torch.exp(-results.lse_rest),
+            *others[:2],
+            maximum=others[2] if self.max else None,
+            entropy=others[3] * torch.exp(-results.lse_rest) if self.entropy else None,
+            argmax=results.argmax,
+            row_entropy=results.entropy - results.lse_rest if self.entropy else None,
+        )
 
     @property
     def accumulate_dtype(self):
@@ -94,31 +117,31 @@ class Case:
 
 
 def ours(case, implementation, **changes):
-    """The six results of an implementation, `cpu` or `cuda`; None where there is nothing to give."""
+    """The results of an implementation, `cpu` or `cuda`, and the gradients."""
     problem = case.problem(**changes)
-    *results, lse_rest, tile_lse = implementation.forward(problem)
-    grad_lse, *others = (g.contiguous() for g in case.grads)
-    grads = [grad_lse * torch.exp(-lse_rest), *others]
+    results = implementation.forward(problem)
     needs_grad = [True, True, case.bias]
-    gradients = implementation.backward(problem, results[0], tile_lse, grads, needs_grad)
-    return [*results, *gradients[: 2 + case.bias]]
+    grads = case.row_gradients(results)
+    gradients = implementation.backward(problem, results.lse, results.tile_lse, grads, needs_grad)
+    wanted = [getattr(results, name) for name in case.names if not name.startswith("grad")]
+    return [*wanted, *gradients[: 2 + case.bias]]
 
 
 def exact(case):
-    """The six results in float64; operands rounded to the dtype of the matmuls first, as is part of the problem."""
+    """The same in float64; operands rounded to the dtype of the matmuls first, as is part of the problem."""
     hidden, weight = (t.to(case.compute_dtype).double() for t in (case.hidden, case.weight))
     leaves = [t.detach().requires_grad_() for t in (hidden, weight, _double(case.bias_vector)) if t is not None]
     bias = leaves[2] if case.bias else None
     logit_map = LogitMap.parse(case.logit_map)
-    results = reference.vocab_reductions(
+    lse, picked, total, maximum, _, entropy = reference.vocab_reductions(
         leaves[0], leaves[1], bias, case.targets, _double(case.class_weights), logit_map, case.ignore_index
     )
-    results = (*results[:2], results[2] if case.total else torch.zeros_like(results[2]))
-    return _with_gradients(results, leaves, [g.double() for g in case.grads])
+    results = (lse, picked, total if case.total else torch.zeros_like(total), maximum, entropy)
+    return _with_gradients(case, results, leaves, [g.double() for g in case.grads])
 
 
 def eager(case):
-    """The six results as PyTorch computes them, with the logits upcast before the loss, as models do."""
+    """The same as PyTorch computes them, with the logits upcast before the loss, as models do."""
     leaves = [t.detach().clone().requires_grad_() for t in case.tensors[:3] if t is not None]
     logits = F.linear(leaves[0].to(case.compute_dtype), leaves[1].to(case.compute_dtype)).to(case.accumulate_dtype)
     if case.bias:
@@ -133,14 +156,18 @@ def eager(case):
         picked = x.gather(1, case.targets.masked_fill(ignored, 0).unsqueeze(1)).squeeze(1).masked_fill(ignored, 0)
     if case.total:
         total = (x if case.class_weights is None else x * case.class_weights.to(x.dtype)).sum(1)
-    return _with_gradients((lse, picked, total), leaves, case.grads)
+    log_p = x.log_softmax(1)
+    entropy = -(log_p.exp() * log_p).sum(1)
+    return _with_gradients(case, (lse, picked, total, x.max(1).values, entropy), leaves, case.grads)
 
 
 def _double(tensor):
     return None if tensor is None else tensor.double()
 
 
-def _with_gradients(results, leaves, grads):
+def _with_gradients(case, results, leaves, grads):
+    wanted = (True, True, True, case.max, case.entropy)
+    results, grads = ([part for part, want in zip(parts, wanted, strict=True) if want] for parts in (results, grads))
     used = [(r, g) for r, g in zip(results, grads, strict=True) if r.requires_grad]
     gradients = torch.autograd.grad([r for r, _ in used], leaves, [g for _, g in used])
     return [t.detach() for t in (*results, *gradients)]
@@ -165,11 +192,15 @@ def uncertainty(case, interpreted=False):
     scale = slope * (h.abs() @ w.abs().T + abs(b)) + x.abs()  # of a logit
     lse = x.logsumexp(1, keepdim=True)
     class_weights = 1.0 if case.class_weights is None else case.class_weights.double()
-    grad_lse, grad_picked, grad_total = (g.double().abs().unsqueeze(1) for g in case.grads)
-    p = (x - lse).exp() * grad_lse
+    grad_lse, grad_picked, grad_total, *others = (g.double().abs().unsqueeze(1) for g in case.grads)
+    log_p = (x - lse).clamp(min=-1000)
+    surprise = log_p.abs() - (log_p.exp() * log_p).sum(1, keepdim=True)
+    p = log_p.exp() * (grad_lse + (others[1] * (surprise + 1) if case.entropy else 0))
     onehot = torch.zeros_like(x)
     if case.target:
         onehot = F.one_hot(case.targets.clamp(0, case.vocab - 1), case.vocab).double() * grad_picked
+    if case.max:
+        onehot = onehot + F.one_hot(x.argmax(1), case.vocab) * others[0]
     dz = slope * (p + onehot + (grad_total * class_weights if case.total else 0))
     row_scale = scale.amax(1) + lse.abs().squeeze(1)
     sums = slope * p * row_scale.unsqueeze(1) + dz * (1 + scale)
@@ -180,6 +211,8 @@ def uncertainty(case, interpreted=False):
         4 * u[case.accumulate_dtype] * row_scale,
         (4 * u[case.accumulate_dtype] + cast_error) * row_scale,
         4 * u[case.accumulate_dtype] * (scale * class_weights).sum(1),
+        *[4 * u[case.accumulate_dtype] * row_scale] * case.max,
+        *[4 * u[case.accumulate_dtype] * (row_scale + 1) * (log_p.exp() * (surprise + 1)).sum(1)] * case.entropy,
         operand_error @ w.abs() + last * (dz @ w.abs()),
         operand_error.T @ h.abs() + last * (dz.T @ h.abs()),
         dz_error.sum(0) + last * dz.sum(0),
@@ -188,12 +221,12 @@ def uncertainty(case, interpreted=False):
 
 def assert_no_worse_than_eager(case, results, interpreted=False):
     """Every result has the right dtype and shape, and no larger an error than eager's, rounding aside."""
-    assert_no_worse(results, exact(case), eager(case), uncertainty(case, interpreted))
+    assert_no_worse(case.names, results, exact(case), eager(case), uncertainty(case, interpreted))
 
 
-def assert_no_worse(results, references, eagers, allowances):
-    assert len(results) == len(references)
-    for name, mine, theirs, right, rounding in zip(NAMES, results, eagers, references, allowances, strict=False):
+def assert_no_worse(names, results, references, eagers, allowances):
+    assert len(results) == len(references) == len(names)
+    for name, mine, theirs, right, rounding in zip(names, results, eagers, references, allowances, strict=False):
         assert (mine.shape, mine.dtype) == (theirs.shape, theirs.dtype), name
         error, eager_error = ((t.double() - right).norm() for t in (mine, theirs))
         assert error <= eager_error + rounding.norm(), f"{name}: {error:.2e}, eager's {eager_error:.2e}"

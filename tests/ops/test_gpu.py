@@ -72,7 +72,7 @@ def test_results_are_no_worse_than_eagers(case, precision):
     if precision == "high" and case.compute_dtype == FP32:
         # how cuBLAS rounds operands to TF32 depends on shapes, and ours are of another shape than eager's
         allowances = [8192 * allowance for allowance in allowances]
-    cases.assert_no_worse(results, references, eagers, allowances)
+    cases.assert_no_worse(case.names, results, references, eagers, allowances)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_gradients_that_approximate_next_to_nothing_are_no_worse_than_eagers(cas
     monkeypatch.setattr(sparse, "LEAST_FLOPS", 0)
     case = cases.Case(**case, bias=False, total=False, class_weight=False, device="cuda")
     results = cases.ours(case, cuda, workspace_bytes=MIB, approximate_mass=2**-20)
-    cases.assert_no_worse(results, cases.exact(case), cases.eager(case), cases.uncertainty(case))
+    cases.assert_no_worse(case.names, results, cases.exact(case), cases.eager(case), cases.uncertainty(case))
 
 
 def test_gradients_are_the_same_bits_every_run(mass):

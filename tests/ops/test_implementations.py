@@ -50,6 +50,8 @@ def problems(draw):
         ignore_index=draw(st.sampled_from((-100, -1, 0, None))),
         total=draw(st.booleans()),
         class_weight=draw(st.booleans()),
+        max=draw(st.booleans()),
+        entropy=draw(st.booleans()),
         strides=draw(st.sampled_from(("contiguous", "transposed", "sliced", "expanded"))),
         seed=draw(st.integers(0, 9)),
     )
@@ -72,14 +74,15 @@ def test_results_of_ignored_rows_may_be_anything_where_nobody_reads_them(impleme
     )
     assert not any(result.isnan().any() for result in results)
     for vectors in (results, references, eagers):
-        for i in (0, 2):
-            vectors[i] = vectors[i].masked_fill(ignored, 0.0)
-    cases.assert_no_worse(results, references, eagers, cases.uncertainty(case, implementation is cuda))
+        for i, name in enumerate(case.names):
+            if name in ("lse", "total", "maximum", "entropy"):
+                vectors[i] = vectors[i].masked_fill(ignored, 0.0)
+    cases.assert_no_worse(case.names, results, references, eagers, cases.uncertainty(case, implementation is cuda))
 
 
 @pytest.mark.parametrize("logit_map", cases.MAPS)
 def test_float64_agrees_with_the_specification_to_rounding(implementation, logit_map):
-    case = cases.Case(19, 50, 12, torch.float64, logit_map=logit_map)
+    case = cases.Case(19, 50, 12, torch.float64, logit_map=logit_map, max=True, entropy=True)
     cases.assert_no_worse_than_eager(case, cases.ours(case, implementation, workspace_bytes=2048))
 
 
@@ -94,9 +97,10 @@ def test_gradients_are_the_same_bits_every_run(implementation, case):
 @given(case=problems())
 def test_the_size_of_the_workspace_changes_gradients_by_rounding_only(implementation, case):
     small, large = (cases.ours(case, implementation, workspace_bytes=size) for size in (256, 1 << 20))
-    for mine, theirs, rounding in zip(
-        small[3:], large[3:], cases.uncertainty(case, implementation is cuda)[3:], strict=False
-    ):
+    roundings = cases.uncertainty(case, implementation is cuda)
+    for name, mine, theirs, rounding in zip(case.names, small, large, roundings, strict=False):
+        if not name.startswith("grad"):
+            continue
         assert (mine.double() - theirs.double()).norm() <= 2 * rounding.norm()
 
 
@@ -104,9 +108,11 @@ def test_the_size_of_the_workspace_changes_gradients_by_rounding_only(implementa
 def test_only_the_gradients_asked_for_are_computed(implementation, needs_grad):
     case = cases.Case(9, 40, 6)
     problem = case.problem()
-    lse, *_, tile_lse = implementation.forward(problem)
+    results = implementation.forward(problem)
     everything, gradients = (
-        implementation.backward(problem, lse, tile_lse, case.grads, list(map(bool, needs)))
+        implementation.backward(
+            problem, results.lse, results.tile_lse, case.row_gradients(results), list(map(bool, needs))
+        )
         for needs in ((1, 1, 1), needs_grad)
     )
     for gradient, expected, needed in zip(gradients, everything, needs_grad, strict=True):
@@ -127,7 +133,7 @@ def test_non_finite_hidden_states_and_biases_spread_as_in_eager_cross_entropy(im
     for where in ("hidden", "bias_vector"):
         case = cases.Case(8, 40, 6, total=False, class_weight=False, ignore_index=None)
         getattr(case, where).view(-1)[3] = value
-        case.grads = [torch.ones(8), -torch.ones(8), torch.zeros(8)]
+        case.grads[:3] = [torch.ones(8), -torch.ones(8), torch.zeros(8)]
         results = cases.ours(case, implementation)
         logits = torch.nn.functional.linear(*case.tensors[:3])
         loss = torch.nn.functional.cross_entropy(logits, case.targets, reduction="none")
@@ -137,21 +143,53 @@ def test_non_finite_hidden_states_and_biases_spread_as_in_eager_cross_entropy(im
 
 
 def test_a_bias_of_minus_infinity_removes_a_class(implementation):
-    case = cases.Case(8, 70, 6)
+    case = cases.Case(8, 70, 6, max=True, entropy=True)
     case.bias_vector[33:] = -torch.inf  # whole blocks of the vocabulary
     case.targets = case.targets % 33
     case.options["want_total"] = case.total = False
-    small = cases.Case(8, 70, 6)
+    small = cases.Case(8, 70, 6, max=True, entropy=True)
     small.weight, small.bias_vector, small.class_weights = case.weight[:33], case.bias_vector[:33], None
     small.hidden, small.targets, small.grads, small.vocab = case.hidden, case.targets, case.grads, 33
     small.options["want_total"] = False
     results, expected = (cases.ours(c, implementation, workspace_bytes=1024) for c in (case, small))
-    torch.testing.assert_close(results[:4], expected[:4])
-    torch.testing.assert_close(results[4][:33], expected[4])
-    assert results[4][33:].count_nonzero() == results[5][33:].count_nonzero() == 0
+    *results, grad_weight, grad_bias = results
+    *expected, expected_grad_weight, _ = expected
+    torch.testing.assert_close(results, expected)
+    torch.testing.assert_close(grad_weight[:33], expected_grad_weight)
+    assert grad_weight[33:].count_nonzero() == grad_bias[33:].count_nonzero() == 0
 
 
 @pytest.mark.parametrize(("rows", "vocab", "width"), [(0, 5, 3), (3, 5, 0), (0, 5, 0)])
 def test_empty_problems(implementation, rows, vocab, width):
     case = cases.Case(rows, vocab, width)
     cases.assert_no_worse_than_eager(case, cases.ours(case, implementation))
+
+
+def test_the_first_of_equal_logits_is_the_largest(implementation):
+    case = cases.Case(9, 70, 6, bias=False, target=False, total=False, max=True)
+    case.hidden, case.weight = case.hidden.round(), case.weight.round()  # exact products, with many ties
+    case.weight[40:] = case.weight[:30]
+    results = implementation.forward(case.problem(workspace_bytes=1024))
+    logits = case.hidden @ case.weight.T
+    first = (logits == logits.amax(1, keepdim=True)).int().argmax(1)
+    assert torch.equal(results.argmax, first)
+    assert torch.equal(results.maximum, logits.amax(1))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_maxima_and_entropies_of_logits_that_are_no_numbers(implementation, value):
+    case = cases.Case(9, 70, 6, total=False, max=True, entropy=True)
+    case.bias_vector[41] = value
+    results = implementation.forward(case.problem(workspace_bytes=1024))
+    logits = torch.nn.functional.linear(*case.tensors[:3])
+    torch.testing.assert_close(results.maximum, logits.amax(1), equal_nan=True)
+    assert results.entropy.isnan().all() if value != -torch.inf else results.entropy.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_entropies_of_certain_rows_are_as_exact_as_eagers(dtype):
+    case = cases.Case(64, 50, 40, dtype, bias=False, total=False, entropy=True)
+    case.hidden = 4 * case.weight[case.targets.clamp(0)]
+    results = cases.ours(case, cpu)
+    cases.assert_no_worse_than_eager(case, results)
+    assert (results[case.names.index("entropy")] >= 0).all()

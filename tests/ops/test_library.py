@@ -3,10 +3,12 @@
 import cases
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from cce_inductor.ops import cpu
 from cce_inductor.ops.library import vocab_reductions, vocab_reductions_backward
+from cce_inductor.ops.problem import Reductions
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -19,7 +21,7 @@ def leaves(case):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("strides", ["contiguous", "sliced", "expanded"])
 def test_the_forward_passes_opcheck(dtype, strides):
-    case = cases.Case(7, 40, 6, dtype, strides=strides, logit_map="5.0*tanh(z/5.0)")
+    case = cases.Case(7, 40, 6, dtype, strides=strides, logit_map="5.0*tanh(z/5.0)", max=True, entropy=True)
     torch.library.opcheck(vocab_reductions, leaves(case), case.options)
 
 
@@ -40,31 +42,36 @@ def test_the_forward_passes_opcheck_without_optional_tensors(given):
 @pytest.mark.parametrize("needs_grad", [[True, True, True], [True, False, False], [False, True, False]])
 @pytest.mark.parametrize("bias_dtype", [None, torch.float64])
 def test_the_backward_passes_opcheck(needs_grad, bias_dtype):
-    case = cases.Case(7, 40, 6, bias=bias_dtype is not None)
+    case = cases.Case(7, 40, 6, bias=bias_dtype is not None, max=True, entropy=bias_dtype is None)
     if case.bias:
         case.bias_vector = case.bias_vector.to(bias_dtype)
     needs_grad = [*needs_grad[:2], needs_grad[2] and case.bias]
     case.hidden = case.hidden.bfloat16()
-    lse, _, _, _, tile_lse = vocab_reductions(*case.tensors, **case.options)
-    arguments = (*case.grads, lse, tile_lse, *case.tensors)
+    results = Reductions(*vocab_reductions(*case.tensors, **case.options))
+    grads = case.row_gradients(results)
+    arguments = (*grads, results.lse, results.tile_lse, *case.tensors)
     torch.library.opcheck(vocab_reductions_backward, arguments, {**case.options, "needs_grad": needs_grad})
 
 
 def test_autograd_gives_what_the_implementation_gives():
-    case = cases.Case(7, 40, 6)
+    case = cases.Case(7, 40, 6, max=True, entropy=True)
     arguments = leaves(case)
-    results = vocab_reductions(*arguments, **case.options)[:3]
+    given = Reductions(*vocab_reductions(*arguments, **case.options))
+    results = given.lse, given.picked, given.total, given.maximum, given.entropy
     gradients = torch.autograd.grad(results, arguments[:3], case.grads)
     for mine, expected in zip((*results, *gradients), cases.ours(case, cpu), strict=True):
         assert torch.equal(mine, expected)
 
 
 def test_float64_gradients_pass_gradcheck():
-    case = cases.Case(5, 9, 4, torch.float64, logit_map="5.0*tanh(z/5.0)")
+    case = cases.Case(5, 9, 4, torch.float64, logit_map="5.0*tanh(z/5.0)", max=True, entropy=True)
     hidden, weight, bias, *others = leaves(case)
-    assert torch.autograd.gradcheck(
-        lambda *args: vocab_reductions(*args, *others, **case.options), (hidden, weight, bias)
-    )
+
+    def differentiable(*args):
+        results = Reductions(*vocab_reductions(*args, *others, **case.options))
+        return results.lse, results.picked, results.total, results.maximum, results.entropy
+
+    assert torch.autograd.gradcheck(differentiable, (hidden, weight, bias))
 
 
 def test_frozen_inputs_get_no_gradient():
@@ -135,3 +142,20 @@ def test_it_compiles_without_graph_breaks_for_dynamic_sizes():
         loss(*arguments).backward()
         for argument, expected in zip(arguments[:3], cases.eager(case)[3:], strict=True):
             assert argument.grad.shape == expected.shape
+
+
+@pytest.mark.parametrize("used", ["lse", "maximum", "entropy"])
+def test_the_backward_gets_gradients_of_what_was_differentiated_only(used):
+    case = cases.Case(7, 40, 6, max=True, entropy=True)
+    results = Reductions(*vocab_reductions(*leaves(case), **case.options))
+    seen = []
+
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is vocab_reductions_backward:
+                seen.append((args[3] is not None, args[4] is not None))
+            return function(*args, **(kwargs or {}))
+
+    with Spy():
+        getattr(results, used).sum().backward()
+    assert seen == [(used == "maximum", used == "entropy")]

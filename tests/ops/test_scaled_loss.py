@@ -30,8 +30,8 @@ def make(rows, vocab, width, dtype=torch.float32, **how):
     """(leaves, target, coefficient, options) of a problem."""
     case = cases.Case(rows, vocab, width, dtype, total=False, class_weight=False, **how)
     leaves = [t.detach().clone().requires_grad_() for t in case.tensors[:3] if t is not None]
-    options = {**case.options, "needs_grad": [True, True, case.bias]}
-    del options["want_total"]
+    options = {name: value for name, value in case.options.items() if not name.startswith("want")}
+    options["needs_grad"] = [True, True, case.bias]
     return leaves, case.targets, case.grads[0].detach(), options
 
 
