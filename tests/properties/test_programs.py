@@ -104,6 +104,7 @@ LOSSES = {
     "nll": lambda x, t: F.nll_loss(F.log_softmax(flat(x, t)[0], -1), t.reshape(-1), reduction="sum"),
     "gather": lambda x, t: -(picked(x.log_softmax(-1), t) * (t >= 0)).sum(),
     "z_loss": lambda x, t: x.logsumexp(-1).square().sum() / x.shape[-1],
+    "entropy": lambda x, t: -(x.softmax(-1) * x.log_softmax(-1).clamp(min=torch.finfo(x.dtype).min)).sum(-1).sum(),
     "mean_log_prob": lambda x, t: -x.log_softmax(-1).mean(-1).sum(),
 }
 
