@@ -168,7 +168,8 @@ def _rewrite(device: torch.device, dtype: torch.dtype) -> Finding:
             compiled = torch.compile(model, backend=cce_backend, options=options)
             ours = _loss_and_gradients(model, hidden, target, compiled)
     except Exception as error:
-        text = f"{title}{type(error).__name__}: {error}".splitlines()[0]
+        cause = getattr(error, "inner_exception", error)  # of Dynamo's wrapper
+        text = f"{title}{type(cause).__name__}: {cause}".splitlines()[0]
         return Finding("rewrite", text, False, "see the lines above, or report it")
     rewrites = sum(len(report.rewritten) for report in reports)
     if rewrites != 1:

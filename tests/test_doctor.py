@@ -56,9 +56,9 @@ def test_without_a_compiler(monkeypatch):
     assert "install g++" in str(finding)
 
 
-def test_cpp_compiler_is_none_where_there_is_none(monkeypatch):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    assert doctor.cpp_compiler() is None
+def test_cpp_compiler_is_none_where_there_is_none():
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        assert doctor.cpp_compiler() is None
 
 
 def test_a_name_that_is_not_registered(monkeypatch):
