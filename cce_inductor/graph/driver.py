@@ -2,11 +2,12 @@
 
 from dataclasses import replace
 
+import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ..options import Options
 from ..report import Refusal, Report, log
-from .effects import inside_transforms
+from .effects import grad_mode_of_calls, inside_transforms
 from .logits import Refused
 from .merge import merge_calls
 from .returned import LazyResults
@@ -52,9 +53,10 @@ def _rewrite_module(
             module.recompile()
         if lazy is not None:
             lazy.found += [result for rewriting in rewritings for result in rewriting.lazy]
-    for _, child in module.named_children():
+    for name, child in module.named_children():
         if isinstance(child, GraphModule):
-            report.extend(_rewrite_module(child, options, None, not_lazy or SUBGRAPH, nested=True))
+            with torch.set_grad_enabled(grad_mode_of_calls(module.graph, name)):
+                report.extend(_rewrite_module(child, options, None, not_lazy or SUBGRAPH, nested=True))
     return report
 
 

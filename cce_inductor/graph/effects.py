@@ -113,6 +113,13 @@ def grad_modes(graph: Graph) -> dict[Node, bool]:
     return modes
 
 
+def grad_mode_of_calls(graph: Graph, subgraph: str) -> bool:
+    """Whether gradients are recorded where a graph calls a subgraph, an attribute of its module."""
+    modes = grad_modes(graph)
+    uses = (node for node in graph.nodes if node.op == "get_attr" and node.target == subgraph)
+    return all(modes[call] for node in uses for call in node.users)
+
+
 def inside_transforms(graph: Graph) -> set[Node]:
     """The nodes that run under a torch.func transform (grad, vmap, ...): Dynamo marks where each begins and ends."""
     depth, inside = 0, set()

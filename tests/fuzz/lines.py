@@ -27,9 +27,10 @@ WEIGHTS = [
     "w.detach()", "w.t().contiguous().t()", "w.clone()", "w / (w.norm(dim=-1, keepdim=True) + 1)",
     "torch.cat([w, w])", "w * s", "w.flip(0)", "w[torch.arange(w.shape[0])]",
 ]  # fmt: skip
-HIDDEN = [
-    "torch.tanh(F.linear({h}, a))", "F.layer_norm({h}, {h}.shape[-1:])", "F.dropout({h}, 0.25)", "{h} + {h}.sin()",
-    "F.rms_norm({h}, {h}.shape[-1:])", "{h}.bfloat16()", "{h}.float()",
+HIDDEN = [  # norms not of one or two numbers, nor of equal ones: their gradient is zero, and rounding all there is
+    "torch.tanh(F.linear({h}, a))", "F.layer_norm(h, h.shape[-1:]) if h.shape[-1] > 2 else {h}",
+    "F.dropout({h}, 0.25)", "{h} + {h}.sin()",
+    "F.rms_norm(h, h.shape[-1:]) if h.shape[-1] > 2 else {h}", "{h}.bfloat16()", "{h}.float()",
     "{h}.transpose(0, -2).contiguous().transpose(0, -2)", "{h} * s", "{h} * 50", "{h} * 0", "{h}.detach()",
     "{h}[..., :1].expand({h}.shape)", "{h} * r.unsqueeze(-1)", "{h}.clone()", "F.embedding(ids, w)",
     "F.embedding(ids, w) + {h}",

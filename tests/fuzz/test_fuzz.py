@@ -3,8 +3,8 @@
     pytest -m fuzz                                # 200 programs
     pytest -m fuzz --hypothesis-profile=long      # 5,000, others each time
 
-Where the pass rewrites, outputs, gradients and the arguments as they are left are no further from float64 than eager's
-(or Inductor's), but for rounding. Where it does not, they are the same bits. Random numbers are the same.
+Where the pass rewrites, outputs, gradients and the arguments as they are left are no further from the float64 program
+than eager's (or Inductor's), but for rounding. Where it does not, they are the same bits. Random numbers are the same.
 Most programs run the graphs that the pass leaves without compiling them further, a few go through Inductor.
 """
 
@@ -67,8 +67,8 @@ def assert_agree(ours, theirs: Run, function: Callable, args: tuple[Tensor, ...]
         )
 
 
-def fuzz(count: int, caplog, record_property, lower: Callable | None = None) -> None:
-    """Holds so many programs; counts them, and how many of them were rewritten."""
+def fuzz(count: int, caplog, record_property, lower: Callable | None = None) -> collections.Counter[bool]:
+    """Holds so many programs; how many were rewritten, and how many not."""
     counts: collections.Counter[bool] = collections.Counter()
 
     @settings(max_examples=count, suppress_health_check=list(HealthCheck))
@@ -76,20 +76,25 @@ def fuzz(count: int, caplog, record_property, lower: Callable | None = None) -> 
     def each(program: Program) -> None:
         caplog.clear()
         counts[hold(program, lower)] += 1
-        assert not caplog.records, "the pass failed at something and said so"
+        warnings = [
+            r.getMessage() for r in caplog.records if r.name.startswith("cce_inductor") and r.levelno >= logging.WARNING
+        ]
+        assert not warnings, "the pass failed at something and said so"
 
     with caplog.at_level(logging.WARNING, logger="cce_inductor"):
         each()
     record_property("programs", f"{counts.total()} random programs, {counts[True]} of them rewritten")
-    assert counts[True] >= LEAST_REWRITTEN * counts.total(), counts
+    return counts
 
 
 @pytest.mark.fuzz
 def test_uncompiled(caplog, record_property):
-    fuzz(192 * CI // 40, caplog, record_property)
+    counts = fuzz(192 * CI // 40, caplog, record_property)
+    assert counts[True] >= LEAST_REWRITTEN * counts.total(), counts
 
 
 @pytest.mark.fuzz
 def test_with_inductor(caplog, record_property):
     with torch._inductor.config.patch(fallback_random=True):  # the random numbers of eager PyTorch
-        fuzz(8 * CI // 40, caplog, record_property, lookup_backend("inductor"))
+        counts = fuzz(8 * CI // 40, caplog, record_property, lookup_backend("inductor"))
+    assert counts[True] > 0, counts

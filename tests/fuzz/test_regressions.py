@@ -1,7 +1,9 @@
 """Programs that random testing found to go wrong, shrunk."""
 
+import torch
 import torch.nn.functional as F
 from helpers import check, hidden, labels, weight
+from torch.utils.checkpoint import checkpoint
 
 
 def test_hardtanh_with_its_default_bounds():
@@ -18,3 +20,14 @@ def test_products_with_the_same_slice_of_a_weight_are_joined():
         return sum(losses)
 
     check(program, hidden(), weight(), labels(), rewrites=3, calls=1, logits_in_memory=True)
+
+
+def test_a_checkpoint_without_gradients():
+    def loss(h, w, t):
+        return F.cross_entropy(F.linear(h, w).flatten(0, 1), t.flatten())
+
+    def program(h, w, t):
+        with torch.no_grad():
+            return checkpoint(loss, h, w, t, use_reentrant=False)
+
+    check(program, hidden(), weight(), labels())
