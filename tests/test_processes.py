@@ -79,8 +79,10 @@ class Model(nn.Module):
 
 def gradients(wrap, ids, backend="cce"):
     model = Model()
-    loss, _ = torch.compile(wrap(model), backend=backend, options={OPTIONS} if backend == "cce" else None)(ids)
+    wrapped = wrap(model)  # which has to live until the backward
+    loss, _ = torch.compile(wrapped, backend=backend, options={OPTIONS} if backend == "cce" else None)(ids)
     loss.backward()
+    del wrapped
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 def check(mine, theirs):
