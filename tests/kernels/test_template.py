@@ -1,5 +1,8 @@
 """Generated maps, their functions and the order of tiles, run by Triton: compiled where there is a GPU."""
 
+import importlib.util
+import inspect
+import os
 import py_compile
 import stat
 
@@ -95,6 +98,29 @@ def test_the_generated_file_is_readable_private_and_reused(monkeypatch, tmp_path
     template.load.cache_clear()
     template.load(LogitMap.parse("30.0*tanh(z/30.0)"))
     assert path.read_text() == text
+    template.load.cache_clear()
+
+
+def test_nothing_that_lies_in_the_cache_directory_is_run(monkeypatch, tmp_path):
+    """Neither bytecode beside the file, nor the file once it is changed by others; the directory is private."""
+    monkeypatch.setattr(template, "cache_dir", lambda: str(tmp_path / "cache"))
+    logit_map = LogitMap.parse("3.0*tanh(z/3.0) + 1.0")
+    template.load.cache_clear()
+    template.load(logit_map)
+    [path] = (tmp_path / "cache" / "cce_inductor").iterdir()
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    evil = "raise SystemExit('planted')" + " " * path.stat().st_size
+    changed, original = tmp_path / "changed.py", path.read_text()
+    changed.write_text(evil[: path.stat().st_size])
+    times = (path.stat().st_atime, int(path.stat().st_mtime))
+    for file in (path, changed):
+        os.utime(file, times)
+    bytecode = importlib.util.cache_from_source(str(path))
+    py_compile.compile(str(changed), cfile=bytecode, doraise=True)
+    template.load.cache_clear()
+    module = template.load(logit_map)
+    path.write_text(evil)
+    assert inspect.getsource(module.value.fn) in original
     template.load.cache_clear()
 
 
