@@ -83,11 +83,7 @@ def _triton_forward(problem: Problem) -> Reductions:
     rows = _Rows.of(problem)
     launch = Launch(problem, backward=False, hidden=rows.hidden)
     tiles = -(-problem.vocab_size // launch.config.block_v)
-    tile_lse = problem.tile_lse(tiles)
-    tile_total = torch.empty_like(tile_lse) if problem.want_total else None
-    tile_maximum = torch.empty_like(tile_lse) if problem.want_max else None
-    tile_argmax = torch.empty_like(tile_lse, dtype=torch.int32) if problem.want_max else None
-    tile_entropy = torch.empty_like(tile_lse) if problem.want_entropy else None
+    results = _TileResults.allocate(problem, tiles)
     for columns in _forward_slices(problem):
         launch(
             forward_kernel,
@@ -97,53 +93,71 @@ def _triton_forward(problem: Problem) -> Reductions:
             row_of=rows.row_of,
             row_count=rows.count,
             SOME_ROWS=rows.row_of is not None,
-            tile_lse=tile_lse,
-            tile_total=tile_total,
-            tile_maximum=tile_maximum,
-            tile_argmax=tile_argmax,
-            tile_entropy=tile_entropy,
+            tile_lse=results.lse,
+            tile_total=results.total,
+            tile_maximum=results.maximum,
+            tile_argmax=results.argmax,
+            tile_entropy=results.entropy,
             WANT_MAX=problem.want_max,
             WANT_ENTROPY=problem.want_entropy,
             first_tile=columns.start // launch.config.block_v,
             VALUE=template.load(problem.logit_map).value,
         )
-    lse = torch.logsumexp(tile_lse, 0)
-    total = torch.zeros_like(lse) if tile_total is None else tile_total.sum(0)
-    entropy = problem.zeros(0) if tile_entropy is None else _entropy(lse, tile_lse, tile_entropy)
-    maximum, argmax = problem.zeros(0), problem.zeros(0).long()
-    if tile_maximum is not None and tile_argmax is not None:
-        maximum, argmax = _maximum(lse, tile_maximum, tile_argmax)
-    counts = problem.counts
-    if counts is not None:  # what the kernel left out was never written
-        lse = torch.where(counts, lse, float("inf"))
-        total = torch.where(counts, total, 0.0) if problem.want_total else total
-        entropy = torch.where(counts, entropy, 0.0) if problem.want_entropy else entropy
-        if problem.want_max:
-            maximum, argmax = torch.where(counts, maximum, 0.0), torch.where(counts, argmax, 0)
-    return Reductions(
-        lse=lse,
-        picked=_picked(problem, lse),
-        total=total,
-        maximum=maximum,
-        argmax=argmax,
-        entropy=entropy,
-        lse_rest=torch.zeros_like(lse),
-        tile_lse=tile_lse if kept else problem.tile_lse(0),
+    combined = results.combined(problem)
+    return combined._replace(
+        picked=_picked(problem, combined.lse), tile_lse=results.lse if kept else problem.tile_lse(0)
     )
 
 
-def _entropy(lse: Tensor, tile_lse: Tensor, tile_entropy: Tensor) -> Tensor:
-    """Of which tile a class lies in, plus the mean of that of which class of a tile it is."""
-    log_mass = tile_lse - lse
+@dataclass(frozen=True)
+class _TileResults:
+    """What the forward kernel stores of each vocabulary tile and row, [tiles, N]; None where nobody wants it."""
+
+    lse: Tensor
+    total: Tensor | None
+    maximum: Tensor | None
+    argmax: Tensor | None  # int32
+    entropy: Tensor | None
+
+    @classmethod
+    def allocate(cls, problem: Problem, tiles: int) -> "_TileResults":
+        lse = problem.tile_lse(tiles)
+        return cls(
+            lse=lse,
+            total=torch.empty_like(lse) if problem.want_total else None,
+            maximum=torch.empty_like(lse) if problem.want_max else None,
+            argmax=torch.empty_like(lse, dtype=torch.int32) if problem.want_max else None,
+            entropy=torch.empty_like(lse) if problem.want_entropy else None,
+        )
+
+    def combined(self, problem: Problem) -> Reductions:
+        """Of the whole vocabulary, but for picked and tile_lse."""
+        nothing, counts = problem.zeros(0), problem.counts
+
+        def counted(vector: Tensor, otherwise: float) -> Tensor:
+            """What the kernel left out was never written."""
+            return vector if counts is None else torch.where(counts, vector, otherwise)
+
+        lse = torch.logsumexp(self.lse, 0)
+        total, maximum, argmax, entropy = torch.zeros_like(lse), nothing, nothing.long(), nothing
+        if self.total is not None:
+            total = counted(self.total.sum(0), 0.0)
+        if self.maximum is not None and self.argmax is not None:
+            maximum, tile = self.maximum.max(0)
+            # the kernel overlooks nan, which counts as the largest
+            maximum = torch.where(lse.isnan() & (maximum != float("inf")), float("nan"), maximum)
+            argmax = counted(self.argmax.gather(0, tile.unsqueeze(0)).squeeze(0).long(), 0)
+            maximum = counted(maximum, 0.0)
+        if self.entropy is not None:
+            entropy = counted(_entropy(self.lse - lse, self.entropy), 0.0)
+        lse = counted(lse, float("inf"))
+        return Reductions(lse, nothing, total, maximum, argmax, entropy, torch.zeros_like(lse), nothing)
+
+
+def _entropy(log_mass: Tensor, tile_entropy: Tensor) -> Tensor:
+    """The entropy of which tile a class lies in, plus the mean of that of which class of a tile it is."""
     within = tile_entropy - log_mass.clamp(min=LEAST_LOG)
     return torch.where(log_mass < LEAST_LOG, 0.0, log_mass.exp() * within).sum(0)
-
-
-def _maximum(lse: Tensor, tile_maximum: Tensor, tile_argmax: Tensor) -> tuple[Tensor, Tensor]:
-    """(maximum, argmax): the first of several equal ones. The kernel overlooks nan, which counts as the largest."""
-    maximum, tile = tile_maximum.max(0)
-    argmax = tile_argmax.gather(0, tile.unsqueeze(0)).squeeze(0).long()
-    return torch.where(lse.isnan() & (maximum != float("inf")), float("nan"), maximum), argmax
 
 
 @dataclass(frozen=True)

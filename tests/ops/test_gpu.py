@@ -53,6 +53,8 @@ def random(*shape, dtype=BF16, scale=1.0):
         {"rows": 257, "vocab": 3001, "width": 64, "dtype": BF16, "strides": "transposed", "class_weight": False},
         {"rows": 257, "vocab": 3001, "width": 72, "dtype": FP16, "strides": "sliced", "total": False},
         {"rows": 40, "vocab": 300, "width": 64, "dtype": BF16, "strides": "expanded", "ignore_index": None},
+        {"rows": 1000, "vocab": 5003, "width": 128, "dtype": BF16, "max": True, "entropy": True},
+        {"rows": 300, "vocab": 3001, "width": 129, "dtype": FP16, "logit_map": "9.0*tanh(z/9.0)", "entropy": True},
         {"rows": 1, "vocab": 1, "width": 1, "dtype": BF16, "bias": False},
         {"rows": 130, "vocab": 257, "width": 65, "dtype": FP32},
         {"rows": 130, "vocab": 257, "width": 65, "dtype": FP64},
