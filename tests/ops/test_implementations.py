@@ -119,6 +119,12 @@ def test_only_the_gradients_asked_for_are_computed(implementation, needs_grad):
         assert torch.equal(gradient, expected) if needed else gradient.numel() == 0
 
 
+def test_a_bias_beyond_the_range_of_exp_has_a_gradient(implementation):
+    case = cases.Case(19, 50, 12)  # fewer rows than a block has: there a logit is its bias, and the log-sum-exp zero
+    case.bias_vector += 200
+    cases.assert_no_worse_than_eager(case, cases.ours(case, implementation), interpreted=implementation is cuda)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_logit_of_a_certain_row_exceeds_its_log_sum_exp(implementation, dtype):
     case = cases.Case(64, 50, 40, dtype, bias=False, total=False)
