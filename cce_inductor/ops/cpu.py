@@ -185,7 +185,7 @@ def backward(
     counted = counted_rows(problem)
     if counted is not None:
         part = with_rows(problem, counted)
-        part_grads = grads.map(lambda vector: vector[counted])
+        part_grads = grads.map(lambda vector: vector[counted] if len(vector) > 0 else vector)  # or nobody wants it
         few, grad_weight, grad_bias = backward(part, lse[counted], tile_lse, part_grads, needs_grad)
         return spread(few, counted, problem.num_rows) if needs_grad[0] else few, grad_weight, grad_bias
     return exact_backward(problem, needs_grad, *block_shape(problem), gradient_of(problem, lse, grads, KeptLogits()))
