@@ -11,6 +11,7 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import InterpreterError, OutOfResources, PTXASError
 
 from cce_inductor.ops import cpu, cuda, fallback, in_forward, sparse
+from cce_inductor.ops.problem import RowGradients
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs in Triton's interpreter")
 
@@ -109,12 +110,13 @@ def test_the_sparse_backward_gives_way_to_the_exact_one(monkeypatch, broken_too)
     lse, *_ = cuda.forward(problem)
     tiles = torch.stack([x.logsumexp(1) for x in (case.hidden @ case.weight.T).split(32, dim=1)])
     needs_grad = [True, True, False]
-    expected = cpu.backward(problem, lse, tiles, case.grads, needs_grad)
+    grads = RowGradients(*case.grads[:3])
+    expected = cpu.backward(problem, lse, tiles, grads, needs_grad)
     monkeypatch.setattr(sparse, "block_gradient_kernel", sparse_kernel := Broken(OF_THE_MACHINE["shared memory"]))
     if broken_too:
         monkeypatch.setattr(cuda, "gradient_kernel", Broken(OF_THE_MACHINE["compilation"]))
     with pytest.warns(RuntimeWarning, match="the sparse backward can't run here"):
-        gradients = cuda.backward(problem, lse, tiles, case.grads, needs_grad)
+        gradients = cuda.backward(problem, lse, tiles, grads, needs_grad)
     assert sparse_kernel.calls == 1
     for mine, theirs in zip(gradients, expected, strict=True):
         torch.testing.assert_close(mine, theirs)
@@ -133,8 +135,9 @@ def test_after_a_forward_through_aten_a_sparse_backward_skips_nothing(monkeypatc
         lse, *_, tile_lse = cuda.forward(problem)
     assert tile_lse.shape == (4, 9)
     needs_grad = [True, True, False]
-    gradients = cuda.backward(problem, lse, tile_lse, case.grads, needs_grad)
-    for mine, theirs in zip(gradients, cpu.backward(problem, lse, tile_lse, case.grads, needs_grad), strict=True):
+    grads = RowGradients(*case.grads[:3])
+    gradients = cuda.backward(problem, lse, tile_lse, grads, needs_grad)
+    for mine, theirs in zip(gradients, cpu.backward(problem, lse, tile_lse, grads, needs_grad), strict=True):
         torch.testing.assert_close(mine, theirs)
 
 
