@@ -251,7 +251,7 @@ def inputs(draw: Callable) -> Inputs:
 
 
 @st.composite
-def programs(draw: Callable, most_steps: int = 6) -> Program:
+def programs(draw: Callable, most_steps: int = 4) -> Program:
     given = draw(inputs())
     new = Builder(draw, NAMESPACE | dict(zip(ARGUMENTS.split(", "), given.tensors(), strict=True)))
     autocast, inner_autocast, no_grad = new.sometimes(10), new.sometimes(10), new.sometimes(10)
