@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from train_gpt import GPT, HEAD_WIDTH, standard_library, tokenize
+from train_gpt import GPT, add_sizes, fill_in_sizes, standard_library, tokenize
 
 import cce_inductor
 
@@ -343,23 +343,15 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--ways", default=",".join(WAYS), help="comma-separated (default: %(default)s)")
-    for name in SIZES["cpu"]:
-        sizes = ", ".join(f"{SIZES[device][name]} on {device}" for device in SIZES)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"default: {sizes}")
+    add_sizes(parser, SIZES)
     parser.add_argument("--tokens", type=Path, help="a .npy file to keep the tokenized text in, or to take it from")
     parser.add_argument("--device", choices=SIZES, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output")
     args = parser.parse_args()
-    for name, size in SIZES[args.device].items():
-        if getattr(args, name) is None:
-            setattr(args, name, size)
+    fill_in_sizes(parser, args, SIZES)
     args.ways = args.ways.split(",")
     if unknown := set(args.ways) - set(WAYS):
         parser.error(f"unknown ways {', '.join(sorted(unknown))}: choose from {', '.join(WAYS)}")
-    if not 256 <= args.vocab <= 65536:
-        parser.error("--vocab must be 256 to 65536: every byte has a token, and tokens are kept as uint16")
-    if args.width % HEAD_WIDTH:
-        parser.error(f"--width must be a multiple of {HEAD_WIDTH}")
     return args
 
 

@@ -332,13 +332,29 @@ def draw(results: list[Result], title: str, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def add_sizes(parser: argparse.ArgumentParser, sizes: dict[str, dict[str, int]]) -> None:
+    """An argument for each size, whose default depends on the device."""
+    for name in sizes["cpu"]:
+        defaults = ", ".join(f"{sizes[device][name]} on {device}" for device in sizes)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"default: {defaults}")
+
+
+def fill_in_sizes(parser: argparse.ArgumentParser, args: argparse.Namespace, sizes: dict[str, dict[str, int]]) -> None:
+    """The defaults of the sizes that were not given; ends the program where the model can't have them."""
+    for name, size in sizes[args.device].items():
+        if getattr(args, name) is None:
+            setattr(args, name, size)
+    if not 256 <= args.vocab <= 65536:
+        parser.error("--vocab must be 256 to 65536: every byte has a token, and tokens are kept as uint16")
+    if args.width % HEAD_WIDTH:
+        parser.error(f"--width must be a multiple of {HEAD_WIDTH}")
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated (default: %(default)s)")
-    for name in SIZES["cpu"]:
-        sizes = ", ".join(f"{SIZES[device][name]} on {device}" for device in SIZES)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"default: {sizes}")
+    add_sizes(parser, SIZES)
     parser.add_argument("--device", choices=SIZES, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output")
     parser.add_argument("--seed", type=int, default=0)
@@ -346,17 +362,11 @@ def parse_arguments() -> argparse.Namespace:
         parser.add_argument(internal, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.methods = args.methods.split(",")
-    for name, size in SIZES[args.device].items():
-        if getattr(args, name) is None:
-            setattr(args, name, size)
+    fill_in_sizes(parser, args, SIZES)
     if unknown := set(args.methods) - set(METHODS):
         parser.error(f"unknown methods {', '.join(sorted(unknown))}: choose from {', '.join(METHODS)}")
     if args.steps < 3:
         parser.error("--steps must be 3 or more: the first one compiles and is not timed")
-    if not 256 <= args.vocab <= 65536:
-        parser.error("--vocab must be 256 to 65536: every byte has a token, and tokens are kept as uint16")
-    if args.width % HEAD_WIDTH:
-        parser.error(f"--width must be a multiple of {HEAD_WIDTH}")
     return args
 
 

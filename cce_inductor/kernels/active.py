@@ -50,7 +50,7 @@ def active_kernel(
     mass = exp(tl.load(tile_lse + offsets, mask=mask, other=-float("inf")) - row_lse[None, :])
 
     low = tl.full((ROWS,), SMALLEST_LOG2, dtype=tl.float32)
-    high = low * 0.0 + (tl.log2(budget) - PIECES_LOG2)
+    high = tl.zeros((ROWS,), dtype=tl.float32) + (tl.log2(budget) - PIECES_LOG2)
     for _ in range(BISECTIONS):
         middle = 0.5 * (low + high)
         skipped = tl.sum(tl.where(mass < tl.exp2(middle)[None, :], mass, 0.0), 0)

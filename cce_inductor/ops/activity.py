@@ -4,9 +4,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.config import tile_config
-from ..logit_map import LogitMap
 from ..options import Options
-from . import cuda, sparse
+from . import cuda
 from .launch import device_properties
 from .problem import Problem
 from .row_lists import RowLists, most_blocks_of_a_tile
@@ -23,26 +22,11 @@ def activity(
     backward would be exact.
     """
     mass = Options.approximate_mass if approximate_mass is None else approximate_mass
-    problem = Problem.of(
-        hidden,
-        weight,
-        None,
-        target,
-        None,
-        logit_map=str(LogitMap()),
-        want_total=False,
-        ignore_index=-100,
-        compute_dtype=hidden.dtype,
-        workspace_mib=Options.workspace_mib,
-        approximate_mass=mass,
-    )
-    if cuda.kept_tiles(hidden.device, problem.vocab_size, hidden.dtype, False, mass) == 0:
-        return None
-    grad = (target != -100).float()
-    if not sparse.worthwhile(problem, [True, True, False]):
+    problem = Problem.plain(hidden, weight, target, Options.workspace_mib, mass)
+    if not cuda.may_skip(problem):
         return None
     results = cuda.forward(problem)
-    lse, tile_lse = results.lse, results.tile_lse
+    lse, tile_lse, grad = results.lse, results.tile_lse, (target != -100).float()
     tiles, rows = tile_lse.shape
     block_n = tile_config(device_properties(hidden.device)[0], backward=True).block_n
     most = most_blocks_of_a_tile(rows, block_n)

@@ -18,7 +18,7 @@ from ..kernels.targets import targets_kernel
 from . import cpu, sparse
 from .blocks import ALIGNMENT, exact_backward
 from .fallback import first_that_runs, smaller
-from .launch import can_use_tma, describable, device_properties, interpretable
+from .launch import can_use_tma, describable, device_properties, ignore_arguments, interpretable
 from .problem import LEAST_LOG, Problem, Reductions, RowGradients, spans
 
 COLUMN_MULTIPLE = 256  # vocabulary slices are multiples of the widest tile
@@ -52,13 +52,12 @@ def forward(problem: Problem) -> Reductions:
     lse_rest is zero here: the rounding of 16-bit operands outweighs it by far.
     """
     ways = {"the Triton forward": lambda: _triton_forward(problem)} if supported(problem) else {}
-    small = smaller(problem)
     return first_that_runs(
         _kind(problem),
         {
             **ways,
             "the forward through ATen": lambda: _aten_forward(problem),
-            "the forward through ATen in less memory": lambda: _aten_forward(small),
+            "the forward through ATen in less memory": lambda: _aten_forward(smaller(problem)),
         },
     )
 
@@ -70,6 +69,11 @@ def _kind(problem: Problem) -> Hashable:
 def _kept_tiles(problem: Problem) -> int:
     device, dtype = problem.hidden.device, problem.compute_dtype
     return kept_tiles(device, problem.vocab_size, dtype, problem.want_total, problem.approximate_mass)
+
+
+def may_skip(problem: Problem) -> bool:
+    """Whether the backward for hidden states and weight is sparse."""
+    return _kept_tiles(problem) > 0 and sparse.worthwhile(problem, [True, True, False])
 
 
 def _aten_forward(problem: Problem) -> Reductions:
@@ -185,8 +189,7 @@ class _Rows:
             row_count=count,
             num_rows=problem.num_rows,
             num_columns=problem.vocab_size,
-            ignore_index=problem.ignore_index or 0,
-            HAS_IGNORE_INDEX=problem.ignore_index is not None,
+            **ignore_arguments(problem),
             SOME_ROWS=some,
             ROWS=1024,
         )
@@ -213,14 +216,13 @@ def _picked(problem: Problem, lse: Tensor) -> Tensor:
         lse=lse,
         picked=picked,
         width=problem.width,
-        ignore_index=problem.ignore_index or 0,
+        **ignore_arguments(problem),
         stride_hn=problem.hidden.stride(0),
         stride_hd=problem.hidden.stride(1),
         stride_wv=problem.weight.stride(0),
         stride_wd=problem.weight.stride(1),
         VALUE=template.load(problem.logit_map).value,
         HAS_BIAS=problem.bias is not None,
-        HAS_IGNORE_INDEX=problem.ignore_index is not None,
         BLOCK_D=min(1024, triton.next_power_of_2(problem.width)),
     )
     return picked
@@ -230,17 +232,21 @@ def backward(
     problem: Problem, lse: Tensor, tile_lse: Tensor, grads: RowGradients, needs_grad: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias for those of the results."""
-    saved, small = (lse, tile_lse, grads, needs_grad), smaller(problem)
+    saved = lse, tile_lse, grads, needs_grad
+
+    def exact(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+        return _exact_backward(problem, lse, grads, needs_grad)
+
     ways: dict[str, Callable] = {}
     if supported(problem):
         plain = grads.maximum is None and grads.entropy is None
         if len(tile_lse) > 0 and plain and sparse.worthwhile(problem, needs_grad):
             ways["the sparse backward"] = lambda: sparse.backward(problem, *saved)
-        ways["the exact Triton backward"] = lambda: _exact_backward(problem, lse, grads, needs_grad)
-        ways["the exact Triton backward in less memory"] = lambda: _exact_backward(small, lse, grads, needs_grad)
+        ways["the exact Triton backward"] = lambda: exact(problem)
+        ways["the exact Triton backward in less memory"] = lambda: exact(smaller(problem))
     else:
         ways["the backward through ATen"] = lambda: cpu.backward(problem, *saved)
-    ways["the backward through ATen in less memory"] = lambda: cpu.backward(small, *saved)
+    ways["the backward through ATen in less memory"] = lambda: cpu.backward(smaller(problem), *saved)
     return first_that_runs(_kind(problem), ways)
 
 
@@ -270,12 +276,11 @@ def _exact_backward(
             entropy=here.row_entropy if here.entropy is not None else None,
             target=None if problem.target is None else problem.target[rows],
             first_column=columns.start,
-            ignore_index=problem.ignore_index or 0,
+            **ignore_arguments(problem),
             dz=dz,
             tile_bias=tile_bias,
             VALUE_AND_SLOPE=value_and_slope,
             HAS_TARGET=problem.target is not None,
-            HAS_IGNORE_INDEX=problem.ignore_index is not None,
             WANT_BIAS=grad_bias is not None,
             HAS_MAXIMUM=here.maximum is not None,
             HAS_ENTROPY=here.entropy is not None,

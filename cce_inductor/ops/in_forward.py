@@ -31,12 +31,11 @@ def loss_and_gradients(
     problem: Problem, coefficient: Tensor, needs_grad: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, grad_hidden, grad_weight, grad_bias); gradients are empty where not needed."""
-    small = smaller(problem)
     return first_that_runs(
         "scaled_loss",
         {
             "the loss with its gradients": lambda: _loss_and_gradients(problem, coefficient, needs_grad),
-            "the same in less memory": lambda: _loss_and_gradients(small, coefficient, needs_grad),
+            "the same in less memory": lambda: _loss_and_gradients(smaller(problem), coefficient, needs_grad),
         },
     )
 

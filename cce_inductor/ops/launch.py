@@ -1,9 +1,12 @@
 """What a launch depends on beside its problem: the device, and how its operands can be loaded."""
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .problem import Problem
 
 
 @functools.lru_cache
@@ -24,6 +27,11 @@ def has_tma(device: torch.device) -> bool:
     """Whether a device has a tensor memory accelerator; Triton's interpreter has."""
     capability, _ = device_properties(device)
     return capability is None or capability >= (9, 0)
+
+
+def ignore_arguments(problem: Problem) -> dict[str, Any]:
+    """How kernels that look at targets are told of `ignore_index`."""
+    return {"ignore_index": problem.ignore_index or 0, "HAS_IGNORE_INDEX": problem.ignore_index is not None}
 
 
 def can_use_tma(*tensors: Tensor) -> bool:

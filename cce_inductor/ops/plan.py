@@ -3,7 +3,7 @@
 import torch
 
 from ..compat import FakeTensorMode
-from . import cuda, sparse
+from . import cuda
 from .launch import has_tma
 from .library import pays_in_forward
 from .problem import Problem
@@ -17,16 +17,10 @@ def plan(
     Nothing of that size is allocated.
     """
     with FakeTensorMode():
-        problem = Problem.of(
+        problem = Problem.plain(
             torch.empty(rows, width, dtype=dtype, device=device),
             torch.empty(vocab_size, width, dtype=dtype, device=device),
-            None,
             torch.empty(rows, dtype=torch.int64, device=device),
-            None,
-            logit_map="z",
-            want_total=False,
-            ignore_index=-100,
-            compute_dtype=dtype,
             workspace_mib=1,
             approximate_mass=approximate_mass,
         )
@@ -34,7 +28,5 @@ def plan(
         once = ", in the forward where the loss is alone" if pays_in_forward(device, dtype) else ""
         return f"blocks through ATen on the {'GPU' if device.type == 'cuda' else 'CPU'}, exact gradients{once}"
     tma = has_tma(device) and width * dtype.itemsize % 16 == 0
-    kept = cuda.kept_tiles(device, vocab_size, dtype, False, approximate_mass)
-    skips = kept > 0 and sparse.worthwhile(problem, [True, True, False])
-    loads, backward = "TMA" if tma else "pointers", "sparse" if skips else "exact"
+    loads, backward = "TMA" if tma else "pointers", "sparse" if cuda.may_skip(problem) else "exact"
     return f"Triton kernels, operands loaded by {loads}, {backward} backward"

@@ -108,6 +108,25 @@ class Problem:
             want_entropy=want_entropy,
         )
 
+    @classmethod
+    def plain(
+        cls, hidden: Tensor, weight: Tensor, target: Tensor, workspace_mib: int, approximate_mass: float
+    ) -> "Problem":
+        """That of a cross-entropy of hidden @ weight.T in the dtype of `hidden`."""
+        return cls.of(
+            hidden,
+            weight,
+            None,
+            target,
+            None,
+            logit_map=str(LogitMap()),
+            want_total=False,
+            ignore_index=-100,
+            compute_dtype=hidden.dtype,
+            workspace_mib=workspace_mib,
+            approximate_mass=approximate_mass,
+        )
+
     @property
     def num_rows(self) -> int:
         return self.hidden.shape[0]
@@ -137,8 +156,10 @@ class Problem:
     @property
     def counts(self) -> Tensor | None:
         """Which rows count [N]; None where all do, or where somebody may read the results of those that don't."""
-        if not self.skip_ignored or self.target is None or self.ignore_index is None:
+        if not self.leaves_out:
             return None
+        assert self.target is not None
+        assert self.ignore_index is not None
         return torch.ne(self.target, self.ignore_index)
 
     def weight_rows(self, columns: slice) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..kernels.active import active_kernel
 from ..kernels.config import tile_config
 from ..kernels.lists import lists_kernel, rounds_kernel
-from .launch import device_properties
+from .launch import device_properties, ignore_arguments
 from .problem import Problem
 
 # A row that needs more than this share of the tiles is dense: all tiles are computed for it, but their products for
@@ -109,11 +109,10 @@ def _active(
         counts=counts,
         num_rows=num_rows,
         num_tiles=tiles,
-        ignore_index=problem.ignore_index or 0,
+        **ignore_arguments(problem),
         budget=problem.approximate_mass,
         dense_share=DENSE_SHARE,
         HAS_TARGET=problem.target is not None,
-        HAS_IGNORE_INDEX=problem.ignore_index is not None,
         TILE_WIDTH=tile_width,
         TILES=all_tiles,
         ROWS=rows,

@@ -25,7 +25,7 @@ from ..kernels.sparse import (
     hidden_gradient_kernel,
     weight_gradient_kernel,
 )
-from .launch import can_use_tma, device_properties, interpretable
+from .launch import can_use_tma, device_properties, ignore_arguments, interpretable
 from .problem import Problem, RowGradients
 from .row_lists import RowLists, most_blocks_of_a_tile
 
@@ -148,11 +148,10 @@ class _SparseBackward:
             grad_picked=self.grad_picked,
             dz=self._dz_blocks(config.block_n, config.block_v),
             slot_tile=self.lists.slot_tile,
-            ignore_index=problem.ignore_index or 0,
+            **ignore_arguments(problem),
             stride_hn=self.hidden.stride(0),
             stride_hd=self.hidden.stride(1),
             HAS_TARGET=problem.target is not None,
-            HAS_IGNORE_INDEX=problem.ignore_index is not None,
             **self._round(round_index),
         )
 
