@@ -133,6 +133,7 @@ def block_gradient_kernel(
 @triton.jit(do_not_specialize=["round_index", "num_tiles", "num_columns"])
 def weight_gradient_kernel(
     hidden,  # pointer, [N, D]
+    dense_hidden,  # TMA descriptor or pointer, [slots * BLOCK_N, D], contiguous: those of the dense rows, as listed
     dz,  # TMA descriptor or pointer, [blocks of a round * BLOCK_N, BLOCK_V]
     share,  # [V]
     skipped_hidden,  # [tiles, D], float32: sum over n of skipped_mass[tile, n] * hidden[n]
@@ -168,19 +169,26 @@ def weight_gradient_kernel(
         tile = first_tile + tile_in_round
         depth = (work % depth_blocks) * BLOCK_D
         slot = tl.load(tile_start + tile)
-        steps = dense_steps + (tl.load(tile_start + tile + 1) - slot) * STEPS
+        steps = (tl.load(tile_start + tile + 1) - slot) * STEPS
         total = tl.zeros((BLOCK_V, BLOCK_D), dtype=tl.float32)
-        # where step 0 would be, had the dense rows no list and no blocks of their own
-        own_rows = slot_rows + (slot.to(tl.int64) * STEPS - dense_steps) * STEP + tl.arange(0, STEP)
-        own_block = dense_blocks + slot - first_slot - dense_slots
+        for step in range(dense_steps):
+            row = step * STEP
+            block_row = tile_in_round * dense_slots * BLOCK_N + row
+            if USE_TMA:
+                h = dense_hidden.load([row, depth])
+                g = dz.load([block_row, 0])
+            else:
+                h = load_block(dense_hidden, row, depth, row + STEP, width, width, 1, STEP, BLOCK_D)
+                g = load_block(dz, block_row, 0, block_row + STEP, BLOCK_V, BLOCK_V, 1, STEP, BLOCK_V)
+            total = tl.dot(g.T, h, total, input_precision="ieee")
+        own_rows = slot_rows + slot.to(tl.int64) * BLOCK_N + tl.arange(0, STEP)
+        own_block = dense_blocks + slot - first_slot
         # the next rows are looked up a step ahead: loads that wait for an index can't be pipelined
-        rows = tl.load(tl.where(dense_steps > 0, slot_rows + tl.arange(0, STEP), own_rows))
+        rows = tl.load(own_rows)
         for step in range(steps):
             h = gather_rows(hidden, tl.maximum(rows, 0), depth, width, stride_hn, stride_hd, BLOCK_D)
-            is_dense = step < dense_steps
-            block_row = tl.where(is_dense, tile_in_round * dense_slots, own_block) * BLOCK_N + step * STEP
-            dense_rows = slot_rows + (step + 1) * STEP + tl.arange(0, STEP)
-            rows = tl.load(tl.where(step + 1 < dense_steps, dense_rows, own_rows + (step + 1) * STEP))
+            rows = tl.load(own_rows + (step + 1) * STEP)
+            block_row = own_block * BLOCK_N + step * STEP
             if USE_TMA:
                 g = dz.load([block_row, 0])
             else:

@@ -50,16 +50,17 @@ def backward(
     """(grad_hidden, grad_weight, an empty one for the bias), from what `cuda.forward` gave."""
     sparse = _SparseBackward(problem, lse, tile_lse, grads.lse, grads.picked)
     empty = problem.hidden.new_empty(0)
-    grad_hidden, grad_weight, fixed, skipped_hidden = empty, empty, empty, empty
+    grad_hidden, grad_weight, fixed, skipped_hidden, dense_hidden = empty, empty, empty, empty, empty
     if needs_grad[0]:
         fixed = torch.zeros(problem.num_rows, -(-problem.width // 2), dtype=torch.int64, device=lse.device)
     if needs_grad[1]:
         skipped_hidden = _float32_product(sparse.lists.skipped_mass, problem.hidden)
+        dense_hidden = sparse.dense_hidden()
         grad_weight = torch.empty(problem.weight.shape, dtype=problem.weight.dtype, device=lse.device)
     for round_index in range(sparse.lists.rounds):
         sparse.compute_blocks(round_index)
         if needs_grad[1]:
-            sparse.complete_weight(round_index, skipped_hidden, grad_weight)
+            sparse.complete_weight(round_index, dense_hidden, skipped_hidden, grad_weight)
         if needs_grad[0]:
             sparse.add_hidden(round_index, fixed)
     if needs_grad[0]:
@@ -97,7 +98,10 @@ class _SparseBackward:
         self.tiles = len(tile_lse)
         most = most_blocks_of_a_tile(problem.num_rows, self.config.block_n)
         block_bytes = self.config.block_n * self.config.block_v * problem.compute_dtype.itemsize
-        blocks = min(max(problem.workspace_bytes // block_bytes, most), self.tiles * most)
+        # slots of all rows, should all be dense
+        self.dense_rows = -(-problem.num_rows // self.config.block_n) * self.config.block_n
+        room = problem.workspace_bytes - self.dense_rows * problem.width * problem.compute_dtype.itemsize
+        blocks = min(max(room // block_bytes, most), self.tiles * most)
         self.lists = RowLists.of(problem, lse, tile_lse, grad_lse, grad_picked, blocks)
         if not _compensates:
             self.lists.skipped_mass.zero_()
@@ -155,17 +159,26 @@ class _SparseBackward:
             **self._round(round_index),
         )
 
-    def complete_weight(self, round_index: int, skipped_hidden: Tensor, grad_weight: Tensor) -> None:
+    def dense_hidden(self) -> Tensor:
+        """The hidden states of the dense rows, as they are listed; what comes after them is not read."""
+        return self.hidden[self.lists.slot_rows[: self.dense_rows].clamp(0, self.problem.num_rows - 1)]
+
+    def complete_weight(
+        self, round_index: int, dense_hidden: Tensor, skipped_hidden: Tensor, grad_weight: Tensor
+    ) -> None:
         """The rows of the weight's gradient that belong to the tiles of a round."""
+        step, tma = self.products.step, can_use_tma(dense_hidden)
         weight_gradient_kernel[(self.processors,)](
             hidden=self.hidden,
-            dz=self._dz_blocks(self.products.step, self.config.block_v),
+            dense_hidden=self._blocks_of(tma, dense_hidden, step, self.products.weight_depth),
+            dz=self._blocks_of(tma, self.dz, step, self.config.block_v),
             share=self.share,
             skipped_hidden=skipped_hidden,
             grad_peak=self.lists.grad_peak,
             grad_weight=grad_weight,
             stride_hn=self.hidden.stride(0),
             stride_hd=self.hidden.stride(1),
+            USE_TMA=tma,
             BLOCK_D=self.products.weight_depth,
             **self._product(),
             **self._round(round_index),
@@ -186,6 +199,7 @@ class _SparseBackward:
             slope_bound=self.problem.logit_map.slope_bound,
             stride_wv=self.weight.stride(0),
             stride_wd=self.weight.stride(1),
+            USE_TMA=self.tma,
             BLOCK_D=products.hidden_depth,
             **self._product(),
             **self._round(round_index),
@@ -246,7 +260,6 @@ class _SparseBackward:
         return {
             "num_columns": self.problem.vocab_size,
             "width": self.problem.width,
-            "USE_TMA": self.tma,
             "BLOCK_N": self.config.block_n,
             "BLOCK_V": self.config.block_v,
             "STEP": self.products.step,
