@@ -17,14 +17,14 @@ from .tile import load_block, preactivations
 EVERYWHERE = tl.constexpr(2.0**-10)  # how much a row counts for the share of a tile that it does not skip
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_columns", "num_tiles", "all_rows", "row_step"])
+@triton.jit(do_not_specialize=["num_rows", "num_columns", "num_tiles"])
 def share_kernel(
     hidden,  # TMA descriptor or pointer, [S, D], the sampled rows
     weight,  # TMA descriptor or pointer, [V, D]
     bias,  # [V]
-    lse,  # [N], like the next two from the first sampled row on
-    grad_lse,  # [N]
-    skipped_mass,  # [tiles, N]
+    lse,  # [S]
+    grad_lse,  # [S]
+    skipped_mass,  # [tiles, S]
     skips,  # [tiles], bool: whether any row skips the tile
     share,  # [V]
     skipped_weight,  # [tiles, D]
@@ -32,8 +32,6 @@ def share_kernel(
     num_rows,  # S
     num_columns,  # V
     num_tiles,
-    all_rows,  # N
-    row_step,  # from one sampled row to the next
     width,
     stride_hn,
     stride_hd,
@@ -64,13 +62,10 @@ def share_kernel(
                 stride_hn, stride_hd, stride_wv, stride_wd, HAS_BIAS, USE_TMA, BLOCK_N, BLOCK_V, BLOCK_D,
             )  # fmt: skip
             x, slope = VALUE_AND_SLOPE(z)
-            places = rows.to(tl.int64) * row_step
-            row_lse = tl.load(lse + places, mask=row_mask, other=float("inf"))
-            skipped = (
-                tl.load(skipped_mass + tl.cast(tile, tl.int64) * all_rows + places, mask=row_mask, other=0.0) != 0.0
-            )
-            scale = tl.abs(tl.load(grad_lse + places, mask=row_mask, other=0.0))
-            scale = scale * tl.where(skipped, 1.0 + EVERYWHERE, EVERYWHERE)
+            row_lse = tl.load(lse + rows, mask=row_mask, other=float("inf"))
+            skipped = tl.load(skipped_mass + tile * num_rows + rows, mask=row_mask, other=0.0)
+            scale = tl.abs(tl.load(grad_lse + rows, mask=row_mask, other=0.0))
+            scale = scale * tl.where(skipped != 0.0, 1.0 + EVERYWHERE, EVERYWHERE)
             p = exp(x - row_lse[:, None]) * scale[:, None]
             p = tl.where(column_mask[None, :], p, 0.0)
             mass += tl.sum(p, 0)

@@ -68,6 +68,13 @@ def backward(
     return grad_hidden, grad_weight, empty
 
 
+def _evenly_spaced(mask: Tensor, count: int) -> Tensor:
+    """[count], int64: places where the mask [N] holds, evenly spaced among these; any places if it holds nowhere."""
+    before = mask.cumsum(0)
+    wanted = (2 * torch.arange(count, device=mask.device) + 1) * before[-1] // (2 * count)
+    return torch.searchsorted(before, wanted + 1).clamp(max=len(mask) - 1)
+
+
 def _float32_product(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype != torch.float32 else a.float() @ b.float()
 
@@ -109,10 +116,9 @@ class _SparseBackward:
         self._estimate_shares()
 
     def _estimate_shares(self) -> None:
-        """How a tile's skipped mass is spread over its columns, from evenly spaced rows."""
+        """How a tile's skipped mass is spread over its columns, from some of the rows."""
         problem, config = self.problem, self.config
-        step = max(1, problem.num_rows // SAMPLED_ROWS)
-        sample = slice(step // 2, None, step)
+        sample = _evenly_spaced(self.grad_lse != 0, min(SAMPLED_ROWS, problem.num_rows))
         hidden = self.hidden[sample]
         tma = can_use_tma(hidden, self.weight)
         self.share = torch.empty(problem.vocab_size, dtype=torch.float32, device=hidden.device)
@@ -132,8 +138,6 @@ class _SparseBackward:
             weight_peak=self.weight_peak,
             num_rows=hidden.shape[0],
             num_tiles=self.tiles,
-            all_rows=problem.num_rows,
-            row_step=step,
             stride_hn=hidden.stride(0),
             stride_hd=hidden.stride(1),
             NUM_PROGRAMS=programs,

@@ -76,6 +76,15 @@ def test_nothing_skipped_is_no_worse_than_eager(
         assert_no_worse([case.names[i]], [gradient], [exact(case)[i]], [eager(case)[i]], [allowances[i]])
 
 
+@given(holds=st.lists(st.booleans(), min_size=1, max_size=60), count=st.integers(1, 20))
+def test_the_sample_is_of_rows_that_count(holds, count):
+    chosen = sparse._evenly_spaced(torch.tensor(holds), count).tolist()
+    assert len(chosen) == count
+    assert all(0 <= place < len(holds) for place in chosen)
+    if places := [place for place, held in enumerate(holds) if held]:
+        assert chosen == [places[(2 * i + 1) * len(places) // (2 * count)] for i in range(count)]
+
+
 @given(mass=st.sampled_from([2**-5, 2**-3, 2**-1]), seed=st.integers(0, 99))
 def test_skipped_mass_is_put_back_in_its_tile(mass, seed):
     """With hidden states of ones in one place, the weight's gradient there sums to all rows' gradients of the lse."""
