@@ -142,6 +142,10 @@ class DeferredLogits:
             raise Refused("it works along the vocabulary in a way that needs the logits in memory")
         return self.dim(dim) - (self.dim(dim) > self.vocab_dim)
 
+    def has_rows(self, shape: Any) -> bool:
+        """Whether a shape is the logits' shape without the vocabulary, whatever the inputs."""
+        return len(shape) == self.ndim - 1 and all(map(statically_equal, shape, self.row_shape))
+
     def to(self, dtype: torch.dtype) -> "DeferredLogits":
         """Seen in another dtype. The operator computes in float32 whatever the program rounds to in between."""
         if not dtype.is_floating_point:

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
-    D,
     EVERYTHING,
+    D,
     V,
     assert_like_eager,
     assert_untouched,

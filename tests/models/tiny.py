@@ -69,6 +69,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("is_decoder",), True),
 }
 
+
 # What later attempts change, where sizes exclude each other in some architecture; None leaves a name to its default.
 def _of_width(width: int) -> dict[str, Any]:
     return {name: width for name, size in SIZES.items() if size == WIDTH} | {"head_dim": None}
@@ -127,10 +128,11 @@ def model(name: str, kind: str, **attributes: Any) -> torch.nn.Module:
                 return result
             except Exception as error:
                 errors.append(error)
-                complained_of = set(re.findall(r"\w+", str(error))) & {n for n in SIZES if changes.get(n, n) is not None}
+                named = [name for name in re.findall(r"\w+", str(error)) if name in SIZES]
+                complained_of = {name: None for name in named if changes.get(name, name) is not None}
                 if not complained_of:
                     break
-                changes = changes | dict.fromkeys(complained_of)
+                changes = changes | complained_of
     raise errors[0]
 
 
