@@ -23,7 +23,6 @@ import torch
 import transformers
 
 import cce_inductor
-from cce_inductor.compat import graph_break
 from cce_inductor.graph.driver import rewrite_module
 from cce_inductor.graph.returned import LazyResults
 from cce_inductor.graph.sites import TOGETHER
@@ -81,11 +80,10 @@ def examine(kind: str, name: str, loss_only: bool, through_inductor: bool) -> Re
 
 
 def _compare(kind, name, model, function, given, eager, through_inductor) -> Result:
-    reports, breaks = [], []
+    reports = []
 
     def pass_alone(module, _):
         lazy = LazyResults(module.graph)
-        breaks.append(graph_break(module))
         reports.append(rewrite_module(module, cce_inductor.Options(**EVERYTHING), lazy))
         return lazy.around(module.forward)
 
@@ -106,8 +104,10 @@ def _compare(kind, name, model, function, given, eager, through_inductor) -> Res
     together = [refusal for report in reports for refusal in report.refused if TOGETHER not in refusal.advice]
     if together or len(reports) == 1:
         return Result(kind, name, "refused", "; ".join(notes) or "no loss over logits was found")
-    where = "; ".join(dict.fromkeys(filter(None, breaks))) or "inside a function that Dynamo leaves out"
-    return Result(kind, name, "apart", f"{len(reports)} graphs; they end at {where}")
+    where = dict.fromkeys(where for report in reports for where in report.breaks)
+    return Result(
+        kind, name, "apart", f"{len(reports)} graphs; Dynamo ends them at {'; '.join(where) or 'no known place'}"
+    )
 
 
 def plain(module, _):
