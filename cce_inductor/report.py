@@ -164,7 +164,8 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """All of it as dicts, lists, strings and numbers.
 
-        {"graphs", "breaks", "saved_bytes", "rewritten": [the fields of `Rewrite`, "saved_bytes"], "refused": [of `Refusal`]}
+        {"graphs", "breaks", "saved_bytes",
+        "rewritten": [the fields of `Rewrite`, "saved_bytes"], "refused": [those of `Refusal`]}
         """
         rewritten = [asdict(rewrite) | {"saved_bytes": rewrite.saved_bytes} for rewrite in self.rewritten]
         return {

@@ -56,6 +56,4 @@ def unbind_stack(call: Call, x: Stacked, dim: int = 0) -> tuple:
 
 @rule("stacked.reshape", "stacked.view", "stacked.flatten", "stacked.permute", "stacked.transpose")
 def rearranged(call: Call, x: Stacked, *args: Any, **named: Any) -> None:
-    raise Refused(
-        "the stacked logits of several heads are reshaped; return them one by one, or select one of them first"
-    )
+    raise Refused("the stacked logits of several heads are reshaped; return or select them one by one")
