@@ -191,7 +191,8 @@ def inputs(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     for further in FURTHER_INPUTS:
         chosen = {name: value for name, value in (given | further).items() if name in accepted}
         try:
-            module(**chosen)
+            if module(**chosen).loss is None:
+                raise ValueError("it has no loss of tokens")
             return chosen
         except Exception as error:
             errors.append(error)
