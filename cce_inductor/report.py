@@ -97,6 +97,7 @@ def _prefix(location: str) -> str:
 
 NOTHING = "no loss over the logits of a classifier head was found"
 NOTHING_ADVICE = "compile head and loss together, as one function that calls the model and then the loss"
+NOT_TRACED = 'Dynamo leaves a part of the program uncompiled; TORCH_LOGS="graph_breaks" prints where and why'
 NO_GRAPH = "nothing was compiled; is torch.compile turned off (TORCHDYNAMO_DISABLE, TORCH_COMPILE_DISABLE)?"
 
 
@@ -110,6 +111,7 @@ class Report:
     rewritten: list[Rewrite] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
     graphs: int = 1
+    breaks: list[str] = field(default_factory=list)  # where and why Dynamo ended graphs early: "file:line: reason"
 
     @property
     def title(self) -> str:
@@ -120,7 +122,7 @@ class Report:
         for graph, entries in self._by_graph().items():
             lines += [f"  graph {graph}:"] if self._tells_graphs_apart() else []
             lines += [line for entry in entries for line in _lines(entry)]
-        return "\n".join(lines + [f"  {line}" for line in self._nothing()])
+        return "\n".join(lines + [f"  {line}" for line in self._closing()])
 
     @property
     def _entries(self) -> list[Rewrite | Refusal]:
@@ -135,10 +137,15 @@ class Report:
     def _tells_graphs_apart(self) -> bool:
         return any(entry.graph > 1 for entry in self._entries)
 
-    def _nothing(self) -> list[str]:
+    def _closing(self) -> list[str]:
+        """What is to be said of the program as a whole where nothing is rewritten."""
         if self.graphs == 0:
             return [NO_GRAPH]
-        return [] if self._entries else [NOTHING, f"what to do: {NOTHING_ADVICE}"]
+        lines = [] if self._entries else [NOTHING, f"what to do: {NOTHING_ADVICE}"]
+        if self.graphs > 1 and not self.rewritten:
+            ends = [f"Dynamo ends a graph at {where}" for where in dict.fromkeys(self.breaks)]
+            lines += ends or [NOT_TRACED]
+        return lines
 
     def __rich__(self) -> Any:
         from rich.markup import escape
@@ -151,17 +158,19 @@ class Report:
                 where = entry.location + (f" (graph {graph})" if self._tells_graphs_apart() else "")
                 row = [where, entry.chain, _outcome(entry), _saved(entry)]
                 table.add_row(*map(escape, row), style="" if isinstance(entry, Rewrite) else "yellow")
-        table.caption = "\n".join(self._nothing()) or None
+        table.caption = "\n".join(self._closing()) or None
         return table
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as dicts, lists, strings and numbers.
 
-        {"graphs", "saved_bytes", "rewritten": [the fields of `Rewrite`, "saved_bytes"], "refused": [of `Refusal`]}
+        {"graphs", "breaks", "saved_bytes",
+        "rewritten": [the fields of `Rewrite`, "saved_bytes"], "refused": [those of `Refusal`]}
         """
         rewritten = [asdict(rewrite) | {"saved_bytes": rewrite.saved_bytes} for rewrite in self.rewritten]
         return {
             "graphs": self.graphs,
+            "breaks": self.breaks,
             "saved_bytes": sum(rewrite.saved_bytes or 0 for rewrite in self.rewritten),
             "rewritten": rewritten,
             "refused": [asdict(refusal) for refusal in self.refused],
@@ -178,6 +187,7 @@ class Report:
     def add_graph(self, other: "Report") -> None:
         """Adds what happened to one more graph."""
         self.graphs += 1
+        self.breaks = [*self.breaks, *other.breaks]
         self.rewritten += [replace(rewrite, graph=self.graphs) for rewrite in other.rewritten]
         self.refused += [replace(refusal, graph=self.graphs) for refusal in other.refused]
 

@@ -287,6 +287,43 @@ def test_explain_says_that_head_and_loss_are_apart(apart):
     assert "one function that calls the model and then the loss" in refusal.advice
 
 
+def test_explain_says_where_dynamo_ends_graphs():
+    """The break is in a part of the model that neither the head's graph nor the loss's knows of."""
+
+    def part(h):
+        if h.sum() > 1e9:  # it depends on data
+            h = h * 2
+        return h
+
+    def model(h, w):
+        return F.linear(part(h) + 1, w)
+
+    def program(h, w, t):
+        logits = model(h, w)
+        return F.cross_entropy(logits.view(-1, V), t.view(-1))
+
+    report = explain(program, OPTIONS)(hidden(), weight(), labels())
+    assert report.rewritten == []
+    assert f"\n  Dynamo ends a graph at {line_of(part, '# it depends on data')}: " in str(report)
+    assert report.to_dict()["breaks"] == report.breaks
+
+
+def test_explain_says_that_dynamo_leaves_out_what_it_can_not_trace():
+    def part(h):
+        for scale in (1.0, 2.0):
+            if h.sum() > 1e9:  # in a loop: Dynamo leaves the whole function out, and calls what it calls
+                h = torch.relu(h) * scale
+        return head(h)
+
+    def head(h):
+        return F.linear(h, weight())
+
+    report = explain(part, OPTIONS)(hidden())
+    assert report.rewritten == []
+    assert report.graphs > 1
+    assert "Dynamo ends a graph at " in str(report) or "Dynamo leaves a part of the program uncompiled" in str(report)
+
+
 def test_explain_where_nothing_is_compiled():
     assert "nothing was compiled" in str(explain(len)([]))
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from ..compat import graph_break
 from ..options import Options
 from ..report import Refusal, Report, log
 from .effects import grad_mode_of_calls, inside_transforms
@@ -27,7 +28,9 @@ def rewrite_module(module: GraphModule, options: Options, lazy: LazyResults | No
     lazy: takes the logits among the module's results that the caller is to make; without it they are computed.
     """
     not_lazy = MATERIALIZE if options.logits == "materialize" else NO_CALLER if lazy is None else None
-    return _rewrite_module(module, options, lazy, not_lazy, nested=False)
+    report = _rewrite_module(module, options, lazy, not_lazy, nested=False)
+    report.breaks = [where for where in [graph_break(module)] if where is not None]
+    return report
 
 
 def _rewrite_module(

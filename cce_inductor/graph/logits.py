@@ -25,7 +25,7 @@ class Refused(Exception):  # noqa: N818 (it is an answer, not an error)
 
 @dataclass(frozen=True)
 class Step:
-    """One call to replay: function(value, *args), the args with nodes and replays among them.
+    """One call to replay: function(value, *args, **named), the args with nodes and replays among them.
 
     A reshape keeps the order of the elements; its args are None where the sizes can't be written as arguments.
     """
@@ -33,6 +33,7 @@ class Step:
     function: Callable
     args: tuple[Any, ...] | None = ()
     is_reshape: bool = False
+    named: tuple[tuple[str, Any], ...] = ()  # constants
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class Replay:
     source: Node | Joined
     steps: tuple[Step, ...] = ()
 
-    def then(self, function: Callable, *args: Any) -> "Replay":
-        return replace(self, steps=(*self.steps, Step(function, args)))
+    def then(self, function: Callable, *args: Any, **named: Any) -> "Replay":
+        return replace(self, steps=(*self.steps, Step(function, args, named=tuple(named.items()))))
 
     def reshaped(self, function: Callable, args: tuple[Any, ...] | None, absolute: bool = True) -> "Replay":
         """absolute: to the same shape whatever the shape was, so reshapes right before don't matter."""
@@ -89,7 +90,7 @@ class Replay:
             if step.args is None:
                 raise Refused("rows are reshaped to several dynamic sizes that are not arguments of the call")
             args = [arg.emit(call) if isinstance(arg, Replay) else arg for arg in step.args]
-            value = call(step.function, value, *args)
+            value = call(step.function, value, *args, **dict(step.named))
         return value
 
 
@@ -141,6 +142,10 @@ class DeferredLogits:
         if self.dim(dim) == self.vocab_dim:
             raise Refused("it works along the vocabulary in a way that needs the logits in memory")
         return self.dim(dim) - (self.dim(dim) > self.vocab_dim)
+
+    def has_rows(self, shape: Any) -> bool:
+        """Whether a shape is the logits' shape without the vocabulary, whatever the inputs."""
+        return len(shape) == self.ndim - 1 and all(map(statically_equal, shape, self.row_shape))
 
     def to(self, dtype: torch.dtype) -> "DeferredLogits":
         """Seen in another dtype. The operator computes in float32 whatever the program rounds to in between."""

@@ -15,7 +15,7 @@ from .logits import DeferredLogits, Refused
 from .matmuls import is_vocab_vector, vocab_vector
 from .reductions import Reduction
 from .registry import Call, operation, out_of_place, rule, tensor_of
-from .softmax import Floored, Probabilities
+from .softmax import Floored, Probabilities, Scaled
 
 
 def with_dtype(call: Call, x: DeferredLogits) -> DeferredLogits:
@@ -60,16 +60,20 @@ def _logits_and_other(a: Any, b: Any) -> tuple[DeferredLogits, Any]:
 
 
 @rule("mul")
-def mul(call: Call, a: Any, b: Any) -> DeferredLogits:
+def mul(call: Call, a: Any, b: Any) -> DeferredLogits | Scaled:
     x, factor = _logits_and_other(a, b)
+    if x.normalized and isinstance(factor, int | float):
+        return Scaled(x, factor)
     return with_dtype(call, _scaled(x, factor, operator.mul, torch.mul))
 
 
 @rule("div")
-def div(call: Call, x: Any, divisor: Any, *, rounding_mode: None = None) -> DeferredLogits:
+def div(call: Call, x: Any, divisor: Any, *, rounding_mode: None = None) -> DeferredLogits | Scaled:
     if rounding_mode is not None:
         raise Refused("the logits are divided with rounding, which has no gradient; divide without rounding_mode")
     if isinstance(x, DeferredLogits):
+        if x.normalized and isinstance(divisor, int | float):
+            return Scaled(x, 1 / divisor)
         return with_dtype(call, _scaled(x, divisor, operator.truediv, torch.div))
     number = number_of(x)
     if number is None:
@@ -161,14 +165,17 @@ POINTWISE: dict[str, Callable[..., sympy.Expr]] = {
     "expit": sigmoid,
     "exp": sympy.exp,
     "square": lambda z: z**2,
+    "abs": lambda z: chosen(gt(z, 0), z, chosen(gt(0, z), -z, 0)),
     "relu": lambda z: chosen(gt(z, 0), z, 0),
     "silu": lambda z: z * sigmoid(z),
 }
 
 
 @rule(*POINTWISE)
-def pointwise(call: Call, x: DeferredLogits, inplace: bool = False) -> DeferredLogits | Probabilities:
+def pointwise(call: Call, x: DeferredLogits, inplace: bool = False) -> DeferredLogits | Probabilities | Scaled:
     name = out_of_place(operation(call.node))
+    if x.normalized and name == "neg":
+        return Scaled(x, -1.0)
     if x.normalized and name == "exp":
         return Probabilities(x.to(call.output.dtype))
     return x.map(POINTWISE[name]).to(call.output.dtype)

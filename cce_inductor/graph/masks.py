@@ -127,12 +127,14 @@ def _mask_of_classes(x: DeferredLogits, classes: Any) -> Replay:
     if not isinstance(size, int):
         raise Refused("classes of a vocabulary of a dynamic size are written; keep its size constant")
     on_device = Replay(x.weight.operands()[0])
-    if tensor is not None and tensor.dim() == 1:
+    if isinstance(classes, list) and all(type(number) is int for number in classes):
+        classes = on_device.then(torch.Tensor.new_tensor, classes, dtype=torch.int64)
+    if isinstance(classes, Replay) or (tensor is not None and tensor.dim() == 1):
         return on_device.then(torch.Tensor.new_zeros, (size,)).then(torch.index_fill, 0, classes, 1.0).then(torch.gt, 0)
     if isinstance(classes, int):
         classes = slice(classes, classes + 1 or None)
     if not isinstance(classes, slice) or _has_nodes(classes):
-        raise Refused("classes are written that are no slice, index tensor or mask [V]; write one of these")
+        raise Refused("classes are written that are no slice, list, index tensor or mask [V]; write one of these")
     chosen_ones = range(*classes.indices(size))
     if chosen_ones.step != 1:
         raise Refused("classes are written with a step; write a mask [V]")

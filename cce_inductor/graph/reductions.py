@@ -14,7 +14,6 @@ from torch.fx import Node
 from ..ops import losses
 from .logits import DeferredLogits, Refused
 from .registry import Call, operation, rule, tensor_of
-from .rows import same_rows
 
 Vector = Any  # a Proxy, used as the tensor that it stands for
 
@@ -62,6 +61,7 @@ class Reduction:
     is_loss: bool = True  # part of a loss by its form, not just some sum of the activations of a layer
     reads_ignored: bool = True  # whether rows whose target is ignore_index matter to it
     weighted_sum: "WeightedSum | None" = None  # the same, where it is one
+    from_end: bool = False  # negative targets count from the end of the vocabulary, as in indexing
 
     @property
     def name(self) -> str:
@@ -155,17 +155,23 @@ def gather(call: Call, input: DeferredLogits, *args: Any, sparse_grad: bool = Fa
     dim, index = _gather_arguments(call.node, *args, **kwargs)
     shape = list(tensor_of(index).shape)
     picks = shape.pop(input.vocab_dim)
-    if input.dim(dim) != input.vocab_dim or picks != 1 or not same_rows(input, shape):
+    if input.dim(dim) != input.vocab_dim or picks != 1 or not input.has_rows(shape):
         raise Refused(
             "it picks other than one class for each row; only gather of one class along the vocabulary is known"
         )
+
+    return pick(call, input, index)
+
+
+def pick(call: Call, input: DeferredLogits, index: Node, from_end: bool = False) -> Reduction:
+    """One class for each row, in the shape of the index."""
 
     def build(results: Results) -> Vector:
         log_probability = results.picked - results.lse - results.lse_rest
         picked = log_probability if input.normalized else results.picked.clone()
         return picked.view_as(results.proxy(index))
 
-    return Reduction(call.node, input, build, index)
+    return Reduction(call.node, input, build, index, from_end=from_end)
 
 
 def _gather_arguments(node: Node, *args: Any, **kwargs: Any) -> tuple[int, Node]:
@@ -220,5 +226,5 @@ def _require_targets(x: DeferredLogits, target: Any) -> None:
     tensor = tensor_of(target)
     if tensor is None or tensor.dtype.is_floating_point:
         raise Refused("its targets are probabilities; only class indices are supported")
-    if tensor.dtype not in (torch.int64, torch.uint8) or not same_rows(x, tensor.shape):
+    if tensor.dtype not in (torch.int64, torch.uint8) or not x.has_rows(tensor.shape):
         raise Refused(f"its targets have dtype {tensor.dtype} or another shape than the rows of the logits")

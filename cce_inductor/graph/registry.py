@@ -28,7 +28,7 @@ ALIASES = {
     "truediv": "div", "true_divide": "div", "divide": "div", "multiply": "mul", "subtract": "sub", "negative": "neg",
     "swapaxes": "transpose", "swapdims": "transpose", "moveaxis": "movedim", "take_along_dim": "gather",
     "__getitem__": "getitem", "view_as": "view", "reshape_as": "view", "clip": "clamp",
-    "greater": "gt", "less": "lt", "and_": "bitwise_and", "or_": "bitwise_or",
+    "absolute": "abs", "greater": "gt", "less": "lt", "and_": "bitwise_and", "or_": "bitwise_or",
 }  # fmt: skip
 NAMESPACES = (torch, F, torch._C._nn, torch.special, torch.functional, operator, torch.Tensor)
 

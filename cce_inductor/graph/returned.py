@@ -15,7 +15,7 @@ from torch.fx import Graph, Node
 
 from ..compat import statically_equal
 from ..lazy_logits import Formula, lazy_logits
-from .effects import first_write, grad_modes, shares_memory
+from .effects import first_write, grad_modes, shares_memory, written
 from .emitter import Emitter
 from .logits import DeferredLogits, Refused
 from .registry import operation, tensor_of
@@ -88,7 +88,8 @@ def return_operands(site: Site, node: Node, logits: DeferredLogits, emitter: Emi
     graph = node.graph
     output, modes = graph.output_node(), grad_modes(graph)
     requires_grad = tensor_of(node).requires_grad
-    if requires_grad and not all(modes[n] for n in (node, *site.path(node), output)):
+    writes = [other for other in site.chain if written(other)]  # also those after the node change what is returned
+    if requires_grad and not all(modes[n] for n in (node, *site.path(node), *writes, output)):
         raise Refused("gradients are not recorded in a part of their computation")
     if logits.vocab_dim != logits.ndim - 1:
         raise Refused("the vocabulary is not their last dimension")

@@ -123,8 +123,7 @@ def _emit(sweep: Sweep, site: Site, emitter: Emitter, options: Options, once: bo
         biases = [node for bias in logits.biases for node in bias.operands()]
         _require_unwritten(biases, anchor, anchor.graph.output_node())
     with emitter.at(anchor, sweep.grad_enabled):
-        target = sweep.target
-        flat_target = None if target is None else _flat_target(target, emitter)
+        flat_target = _flat_target(sweep, emitter)
         factors = (
             emitter.as_matrix(logits.hidden.flat().emit(emitter.call)),
             logits.weight.emit(emitter.call),
@@ -177,9 +176,16 @@ def _in_dtype_of(node: Node, value: Proxy) -> Node:
     return value.node if tensor_of(value.node).dtype == dtype else value.to(dtype).node
 
 
-def _flat_target(target: Node, emitter: Emitter) -> Node:
-    flat = emitter.call(torch.flatten, target)
-    return flat if tensor_of(flat).dtype == torch.int64 else emitter.call(torch.Tensor.long, flat)
+def _flat_target(sweep: Sweep, emitter: Emitter) -> Node | None:
+    """The classes [N] as the operator takes them: int64, none negative but what is ignored."""
+    if sweep.target is None:
+        return None
+    flat = emitter.call(torch.flatten, sweep.target)
+    flat = flat if tensor_of(flat).dtype == torch.int64 else emitter.call(torch.Tensor.long, flat)
+    if not sweep.targets_from_end:
+        return flat
+    from_start = emitter.call(torch.add, flat, sweep.reductions[0].logits.vocab_size)
+    return emitter.call(torch.where, emitter.call(torch.lt, flat, 0), from_start, flat)
 
 
 def _require_unwritten(tensors: list[Node], after: Node, before: Node) -> None:

@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..compat import constant_size, statically_equal
+from ..compat import constant_size
+from .effects import never_written_after
 from .logits import DeferredLogits, Refused
+from .reductions import pick
 from .registry import Call, operation, rule, tensor_of
 
 FULL = slice(None, None, None)
@@ -78,6 +80,8 @@ def _order(call: Call, ndim: int, args: tuple, kwargs: dict) -> list[int]:
 def getitem(call: Call, x: Any, index: Any) -> Any:
     if isinstance(x, tuple):  # what chunk, split or unbind gave
         return x[index]
+    if _picks_one_class(x, index):
+        return pick(call, x, index[1], from_end=True)
     entries = _full_index(x, index if isinstance(index, tuple) else (index,))
     before, vocab_entry, after = _split_at_vocab(x, entries)
     if not isinstance(vocab_entry, slice):
@@ -88,6 +92,22 @@ def getitem(call: Call, x: Any, index: Any) -> Any:
     if all(entry == FULL for entry in rows if not isinstance(entry, Node)) and not any(map(_is_node, rows)):
         return x.moved(call.output.shape, vocab_dim)
     return x.replay(operator.getitem, rows, shape=call.output.shape, vocab_dim=vocab_dim)
+
+
+def _picks_one_class(x: DeferredLogits, index: Any) -> bool:
+    """Whether an index (arange(N), classes [N]) picks a class for each row of logits [N, V]."""
+    if not (isinstance(index, tuple) and len(index) == 2 and (x.ndim, x.vocab_dim) == (2, 1)):
+        return False
+    if not isinstance(x.vocab_size, int):  # negative classes count from its end
+        return False
+    rows, classes = index
+    tensor = tensor_of(classes)
+    if tensor is None or tensor.dtype != torch.int64 or not x.has_rows(tensor.shape):
+        return False
+    if isinstance(rows, list | tuple | range):
+        return list(rows) == list(range(len(rows))) and x.has_rows((len(rows),))
+    counts = operation(rows) == "arange" and rows.args[:-1] in ((), (0,)) and not {"end", "step"} & set(rows.kwargs)
+    return counts and x.has_rows(tensor_of(rows).shape) and never_written_after(rows, rows)
 
 
 def _is_node(entry: Any) -> bool:
@@ -172,8 +192,3 @@ def unbind(call: Call, x: DeferredLogits, dim: int = 0) -> tuple:
     pieces = x.hidden.then(torch.unbind, x.row_dim(dim))
     vocab_dim = x.vocab_dim - (x.dim(dim) < x.vocab_dim)
     return tuple(x.piece(pieces, i, part.shape, vocab_dim) for i, part in enumerate(call.output))
-
-
-def same_rows(x: DeferredLogits, shape: Any) -> bool:
-    """Whether a shape is the logits' shape without the vocabulary, whatever the inputs."""
-    return len(shape) == x.ndim - 1 and all(map(statically_equal, shape, x.row_shape))

@@ -15,7 +15,7 @@ from ..compat import graph_break, size_hint, statically_equal
 from ..options import Options
 from ..report import Refusal
 from . import maps, masks, matmuls, rows, stacks, words  # noqa: F401 (they register their rules)
-from .effects import first_write, grad_modes, shares_memory, written
+from .effects import grad_modes, shares_memory, written
 from .logits import DeferredLogits, Refused
 from .reductions import Reduction
 from .registry import apply, operation, tensor_of
@@ -168,7 +168,10 @@ def why_not(site: Site, joined: list[Site], transformed: set[Node], options: Opt
     for node, reason in site.escapes.items():
         return refusal(node, operation(node), reason, of=site, otherwise=BESIDE if site.reductions else BETWEEN)
     if site.returned and site.reductions:
-        return _why_not_returned(site, options)
+        if options.logits != "refuse":
+            return None
+        reason = 'the logits are returned beside the loss, and the option logits is "refuse"; return the loss alone'
+        return refusal(matmul, "return", reason, of=site)
     if site.returned:
         broken = graph_break(matmul.graph.owning_module)
         reason = "the logits are returned and no loss of them is in this graph"
@@ -176,18 +179,6 @@ def why_not(site: Site, joined: list[Site], transformed: set[Node], options: Opt
         by_choice = not tensor_of(matmul).requires_grad
         advice = TOGETHER if broken is None else f"avoid the break; {TOGETHER}"
         return refusal(matmul, "return", reason, by_choice, of=site, advice=advice)
-    return None
-
-
-def _why_not_returned(site: Site, options: Options) -> Refusal | None:
-    """Why logits that are returned beside the loss have to be computed as the program does it."""
-    if options.logits == "refuse":
-        reason = 'the logits are returned beside the loss, and the option logits is "refuse"; return the loss alone'
-        return refusal(site.logits.matmul, "return", reason, of=site)
-    write = first_write(site.chain, site.chain)
-    if write is not None:
-        reason = "logits that are returned beside the loss are written in place; write out of place"
-        return refusal(write, operation(write), reason, of=site)
     return None
 
 

@@ -1,5 +1,7 @@
 """Rules for probabilities of the logits, their products with the logits, and maxima: entropy, accuracy, confidence.
 
+Of log-probabilities those for multiples too: some write the loss as -log_softmax(x).
+
     p = softmax(x)      entropy = - sum over v of p[v] * log p[v] = logsumexp(x) - sum over v of p[v] * x[v]
 
 None of these values is computed; each is followed until a reduction over the vocabulary ends it.
@@ -12,6 +14,7 @@ from typing import Any, ClassVar
 
 import sympy
 
+from . import rows  # noqa: F401 (its rules are in the registry, and used here)
 from .logits import DeferredLogits, Refused
 from .reductions import Reduction, Results, Vector, in_rows, require_vocab
 from .registry import RULES, Call, rule
@@ -24,6 +27,15 @@ class Probabilities:
     log: DeferredLogits  # normalized
     factor: float = 1.0
     kind: ClassVar = "softmax"
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """factor * log-probabilities."""
+
+    log: DeferredLogits  # normalized
+    factor: float
+    kind: ClassVar = "scaled"
 
 
 @dataclass(frozen=True)
@@ -61,9 +73,22 @@ def softmax(
     return Probabilities(input.log_softmax().to(call.output.dtype))
 
 
-def _on_rows(function: Callable, call: Call, p: Probabilities, *args: Any, **named: Any) -> Probabilities:
-    """What an operation does to the rows of the logits, it does to those of their probabilities."""
-    return replace(p, log=function(call, p.log, *args, **named))
+def _on_rows(function: Callable, call: Call, x: Any, *args: Any, **named: Any) -> Any:
+    """What an operation does to the rows of the logits, it does to those of a function of them."""
+    log = function(call, x.log, *args, **named)
+    return _of_reduced(x, log) if isinstance(log, Reduction) else replace(x, log=log)
+
+
+def _of_reduced(x: Any, of_logs: Reduction) -> Reduction:
+    """What picks or sums log-probabilities does so with a multiple of them; what picks them picks probabilities."""
+    if not isinstance(x, Probabilities | Scaled):
+        raise Refused(f"classes are picked of the logits ({x.kind}); pick them of the log_softmax")
+
+    def build(results: Results) -> Vector:
+        value = of_logs.build(results)
+        return x.factor * (value.exp() if isinstance(x, Probabilities) else value)
+
+    return replace(of_logs, build=build)
 
 
 _ROW_OPERATIONS = (
@@ -71,13 +96,25 @@ _ROW_OPERATIONS = (
     "squeeze", "to", "type_as", "unsqueeze", "view",
 )  # fmt: skip
 for _name in _ROW_OPERATIONS:
-    for _kind in (Probabilities.kind, Floored.kind, Product.kind):
+    for _kind in (Probabilities.kind, Scaled.kind, Floored.kind, Product.kind):
         rule(f"{_kind}.{_name}")(functools.partial(_on_rows, RULES[_name]))
 
 
-@rule("softmax.neg", "product.neg")
-def neg(call: Call, x: Probabilities | Product) -> Probabilities | Product:
+@rule("softmax.neg", "scaled.neg", "product.neg")
+def neg(call: Call, x: Any) -> Any:
     return replace(x, factor=-x.factor)
+
+
+for _name in ("scaled.gather", "scaled.sum", "scaled.mean", "softmax.gather"):
+    rule(_name)(functools.partial(_on_rows, RULES[_name.split(".")[1]]))
+
+
+@rule("softmax.entr")
+def entr(call: Call, p: Probabilities) -> Product:
+    """- p * log p, zero where p is."""
+    if p.factor != 1.0:
+        raise Refused("entr of something else than the probabilities of the logits")
+    return Product(p.log.to(call.output.dtype), True, -1.0)
 
 
 @rule("softmax.log")
@@ -85,15 +122,27 @@ def log(call: Call, p: Probabilities) -> None:
     raise Refused("the log of a softmax is -inf where a probability is rounded to zero; use log_softmax")
 
 
-@rule("softmax.mul", "floored.mul")
-def times(call: Call, a: Any, b: Any) -> Product:
+@rule("softmax.mul", "scaled.mul", "floored.mul", "product.mul")
+def times(call: Call, a: Any, b: Any) -> Any:
+    """By a number; probabilities by the logits that they are of, or by their logs."""
+    for x, number in ((a, b), (b, a)):
+        if isinstance(number, int | float) and not isinstance(x, Floored):
+            return replace(x, factor=x.factor * number)
     p, x = (a, b) if isinstance(a, Probabilities) else (b, a)
-    log = x.log if isinstance(x, Floored) else x
+    log = x.log if isinstance(x, Floored | Scaled) else x
     if not isinstance(p, Probabilities) or not isinstance(log, DeferredLogits) or not _same_logits(p.log, log):
         raise Refused("probabilities are multiplied by something else than the same logits or their log_softmax")
     if log.logit_map.expr.has(-sympy.oo) and not isinstance(x, Floored):
         raise Refused("0 * -inf, of classes that are masked with -inf, is nan; mask with a large negative number")
-    return Product(p.log.to(call.output.dtype), log.normalized, p.factor)
+    factor = p.factor * (x.factor if isinstance(x, Scaled) else 1.0)
+    return Product(p.log.to(call.output.dtype), log.normalized, factor)
+
+
+@rule("softmax.div", "scaled.div", "product.div")
+def divided(call: Call, x: Any, divisor: Any) -> Any:
+    if not isinstance(divisor, int | float):
+        raise Refused("probabilities are divided by a tensor, or the other way round; only by a number they can be")
+    return replace(x, factor=x.factor / divisor)
 
 
 def _same_logits(a: DeferredLogits, b: DeferredLogits) -> bool:

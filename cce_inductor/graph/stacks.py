@@ -52,3 +52,8 @@ def unbind_stack(call: Call, x: Stacked, dim: int = 0) -> tuple:
     if dim % ndim != x.dim:
         raise Refused("stacked logits are cut along another dimension than the stack; select one of them first")
     return x.parts
+
+
+@rule("stacked.reshape", "stacked.view", "stacked.flatten", "stacked.permute", "stacked.transpose")
+def rearranged(call: Call, x: Stacked, *args: Any, **named: Any) -> None:
+    raise Refused("the stacked logits of several heads are reshaped; return or select them one by one")

@@ -39,6 +39,10 @@ class Sweep:
         return self.find("target")
 
     @property
+    def targets_from_end(self) -> bool:
+        return any(reduction.from_end for reduction in self.reductions)
+
+    @property
     def want_total(self) -> bool:
         return any(reduction.want_total for reduction in self.reductions)
 
@@ -60,8 +64,8 @@ class Sweep:
         same_target = (
             self.target is None
             or other.target is None
-            or (_flat_source(self.target), self.find("ignore_index"))
-            == (_flat_source(other.target), other.ignore_index)
+            or (_flat_source(self.target), self.find("ignore_index"), self.targets_from_end)
+            == (_flat_source(other.target), other.ignore_index, other.from_end)
         )
         same_total = not (self.want_total and other.want_total) or self.find("total_weight") is other.total_weight
         if not (same_target and same_total):

@@ -34,6 +34,16 @@ LOSSES = {
     "logsumexp_first": lambda x, t: x.logsumexp(dim=-1).sum() - x.gather(dim=-1, index=t.unsqueeze(1)).sum(),
     "take_along_dim": lambda x, t: -torch.take_along_dim(x.log_softmax(-1), t[:, None], dim=-1).mean(),
     "take_along_dim_method": lambda x, t: -x.log_softmax(-1).take_along_dim(t[:, None], 1).mean(),
+    "arange_index": lambda x, t: -x.log_softmax(-1)[torch.arange(len(t)), t].mean(),
+    "arange_index_of_logits": lambda x, t: (x.logsumexp(-1) - x[torch.arange(0, x.size(0)), t]).mean(),
+    "range_index": lambda x, t: F.log_softmax(x, -1)[range(B * S), t].sum(),
+    "negated_log_softmax": lambda x, t: (-x.log_softmax(-1)).gather(-1, t[:, None]).mean(),
+    "scaled_log_softmax": lambda x, t: (x.log_softmax(-1) * -0.5 / 3).gather(-1, t[:, None]).sum(),
+    "negated_log_softmax_index": lambda x, t: (-1.0 * x.log_softmax(-1))[torch.arange(len(t)), t].mean(),
+    "transformers_smoother": lambda x, t: _smoother(x, t),
+    "softmax_gather": lambda x, t: -x.softmax(-1).gather(-1, t[:, None]).log().mean(),
+    "softmax_index": lambda x, t: (1 - x.softmax(-1)[torch.arange(len(t)), t]).square().sum(),
+    "unlikelihood": lambda x, t: -torch.log(1 - F.softmax(x, dim=-1).gather(1, t[:, None]) + 1e-6).mean(),
     "smoothing_by_hand": lambda x, t: (
         -0.9 * x.log_softmax(-1).gather(-1, t[:, None]).mean() - 0.1 * x.log_softmax(-1).mean(dim=-1).mean()
     ),
@@ -55,6 +65,19 @@ def _timm(x, t):
     return (0.9 * nll + 0.1 * -log_probs.mean(dim=-1)).mean()
 
 
+def _smoother(x, t):
+    """transformers' LabelSmoother."""
+    log_probs = -F.log_softmax(x, dim=-1)
+    t = t.unsqueeze(-1)
+    padding = t.eq(5)
+    nll = log_probs.gather(dim=-1, index=torch.clamp(t, min=0))
+    smoothed = log_probs.sum(dim=-1, keepdim=True)
+    nll.masked_fill_(padding, 0.0)
+    smoothed.masked_fill_(padding, 0.0)
+    count = padding.numel() - padding.long().sum()
+    return 0.9 * nll.sum() / count + 0.1 * smoothed.sum() / (count * V)
+
+
 def _focal(nll):
     return ((1 - torch.exp(-nll)) ** 2 * nll).mean()
 
@@ -67,6 +90,14 @@ def test_one_operator_call_serves_the_loss(loss, dtype):
 
     ours = check(program, hidden(dtype=dtype), weight(dtype=dtype), labels())
     assert ours.outputs[0].dtype == dtype
+
+
+def test_negative_classes_count_from_the_end_in_an_index_and_are_ignored_in_a_loss():
+    def program(h, w, t):
+        x, t = logits_of(h, w), t.view(-1)
+        return F.cross_entropy(x, t, ignore_index=-3) - x[torch.arange(len(t)), t].mean()
+
+    check(program, hidden(), weight(), labels(ignored=-3), calls=2)
 
 
 REDUCTIONS = ("mean", "sum", "none")

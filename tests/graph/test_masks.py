@@ -30,6 +30,8 @@ FILLS = {
     "set_number": lambda x: _set(x, (..., slice(LAST, None)), -1e4),
     "set_one": lambda x: _set(x, (..., V - 1), INFINITE),
     "set_ids": lambda x: _set(x, (..., torch.tensor([LAST, V - 1])), INFINITE),
+    "set_list": lambda x: _set(x, (slice(None), slice(None), [LAST, V - 1]), torch.finfo(x.dtype).min),
+    "set_list_from_the_end": lambda x: _set(x, (..., [-1, LAST]), INFINITE),
     "set_mask": lambda x: _set(x, (..., PADDING), INFINITE),
     "index_fill": lambda x: x.index_fill(-1, torch.tensor([LAST, V - 1]), INFINITE),
     "after_a_softcap": lambda x: (5 * torch.tanh(x / 5)).masked_fill(PADDING, INFINITE),

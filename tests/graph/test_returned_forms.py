@@ -1,9 +1,12 @@
 """Logits that are returned beside the loss, together with every other form that the pass knows."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
+    EVERYTHING,
     D,
     V,
     assert_like_eager,
@@ -212,7 +215,7 @@ def test_masked_classes(function, fill, dtype):
     torch.testing.assert_close(x + 0, eager.detach())
 
 
-# --------------------------------------------------------------------------------------------------------- left alone
+# ---------------------------------------------------------------------------------------------------- written in place
 
 
 def written_before_the_loss(h, w, t):
@@ -221,15 +224,79 @@ def written_before_the_loss(h, w, t):
     return loss_of(x, t), x
 
 
-def written_through_a_view(h, w, t):
+def written_after_the_loss(h, w, t):
     x = F.linear(h, w)
-    x.view(-1, V).mul_(2)
+    loss = loss_of(x, t)
+    x.mul_(2)
+    return loss, x
+
+
+def written_between_two_losses(h, w, t):
+    x = F.linear(h, w)
+    loss = loss_of(x, t)
+    x.div_(2).tanh_()
+    return loss + loss_of(x, t), x
+
+
+def bias_added(h, w, t):
+    x = h @ w.t()
+    x += w[:, 0]
     return loss_of(x, t), x
 
 
-def added_in_place(h, w, t):
+def classes_filled(h, w, t):
     x = F.linear(h, w)
-    x += F.linear(h * 2, w.flip(0))
+    x[..., -4:] = -30.0
+    return loss_of(x, t), x
+
+
+def product_added(h, w, t):
+    x = F.linear(h, w)
+    x += F.linear(h[..., :3] * 2, w[:, :3])
+    return loss_of(x, t), x
+
+
+WRITTEN = [
+    written_before_the_loss, written_after_the_loss, written_between_two_losses, bias_added, classes_filled,
+    product_added,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+@pytest.mark.parametrize("program", WRITTEN, ids=lambda program: program.__name__)
+def test_written_in_place(program, dtype):
+    """What is returned is what the logits are in the end."""
+    calls = 2 if program is written_between_two_losses else 1
+    ours = check(program, *args(dtype), calls=calls, logits_in_memory=program is product_added)
+    assert ours.report.rewritten[0].returned == "lazy"
+
+
+@pytest.mark.parametrize("program", [written_before_the_loss, written_after_the_loss], ids=lambda p: p.__name__)
+def test_written_in_place_and_computed(program):
+    ours = check(program, *args(), logits_in_memory=True, options=replace(EVERYTHING, logits="materialize"))
+    assert ours.report.rewritten[0].returned.startswith("computed")
+
+
+def test_written_in_place_without_gradients():
+    """Autograd does not see the write, so the gradients of what is returned are those from before it."""
+
+    def program(h, w, t):
+        x = F.linear(h, w)
+        loss = loss_of(x, t)
+        with torch.no_grad():
+            x.mul_(2)
+        return loss, x
+
+    ours = check(program, *args(), logits_in_memory=True)
+    assert "gradients are not recorded" in ours.report.rewritten[0].returned
+
+
+# --------------------------------------------------------------------------------------------------------- left alone
+
+
+def written_through_a_view(h, w, t):
+    x = F.linear(h, w)
+    x.view(-1, V).mul_(2)
     return loss_of(x, t), x
 
 
@@ -244,7 +311,7 @@ def compared(h, w, t):
     return loss_of(torch.where(positive, x, 0.1 * x), t), positive
 
 
-LEFT_ALONE = [written_before_the_loss, written_through_a_view, added_in_place, stacked, compared]
+LEFT_ALONE = [written_through_a_view, stacked, compared]
 
 
 @pytest.mark.parametrize("program", LEFT_ALONE, ids=lambda program: program.__name__)

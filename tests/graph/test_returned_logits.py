@@ -298,19 +298,6 @@ def test_where_they_cannot_be_lazy_they_are_computed(program, reason):
     assert reason in ours.report.rewritten[0].returned
 
 
-def test_logits_that_are_written_in_place_are_left_alone():
-    def program(h, w, b, t):
-        logits = F.linear(h, w)
-        loss = loss_of(logits, t)
-        logits.mul_(2)
-        return loss, logits
-
-    ours = run_compiled(program, *args())
-    assert ours.report.rewritten == []
-    assert_untouched(ours)
-    assert_like_eager(ours, program, args())
-
-
 def test_a_failure_leaves_the_results_as_they_were(monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("broken on purpose")

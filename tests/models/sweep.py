@@ -10,11 +10,12 @@ row for each model and counts at the end. With --compile the graphs go through I
 
 import argparse
 import collections
-import concurrent.futures
+import concurrent.futures.process
 import logging
 import resource
 import signal
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import tiny
@@ -24,15 +25,26 @@ import transformers
 import cce_inductor
 from cce_inductor.graph.driver import rewrite_module
 from cce_inductor.graph.returned import LazyResults
+from cce_inductor.graph.sites import TOGETHER
 
 EVERYTHING = {"min_vocab": 0, "min_logits_bytes": 0}
 TIMEOUT = 120  # seconds, to build a model or to compare it
 MEMORY = 8 << 30
 
 
+VERDICTS = {
+    "rewritten": "",
+    "refused": "head and loss are in one graph, which the pass does not understand",
+    "apart": "head and loss are in no graph together: Dynamo ends a graph between them",
+    "wrong": "it differs from the same program without the pass",
+    "not traceable": "Dynamo raises an error",
+    "not built": "it could not be made small, or does not run with tokens alone",
+}
+
+
 @dataclass(frozen=True)
 class Result:
-    """verdict: "rewritten", "refused", "wrong" (differs from eager), "not traceable" or "not built"."""
+    """verdict: one of VERDICTS."""
 
     kind: str
     name: str
@@ -75,27 +87,46 @@ def _compare(kind, name, model, function, given, eager, through_inductor) -> Res
         reports.append(rewrite_module(module, cce_inductor.Options(**EVERYTHING), lazy))
         return lazy.around(module.forward)
 
+    pass_alone.__module__ = plain.__module__ = "cce_inductor.backend"  # so that warning_once is left out for both
+    if through_inductor:
+        with cce_inductor.capture_reports() as reports:
+            ours = _compiled(model, function, given, backend="cce", options=EVERYTHING)
+    else:
+        ours = _compiled(model, function, given, backend=pass_alone)
+    notes = [str(refusal) for report in reports for refusal in report.refused]
+    if not _same(ours, eager):
+        # some models do other things when they are compiled, whatever the backend
+        if not _same(ours, _compiled(model, function, given, backend=plain)):
+            return Result(kind, name, "wrong", "; ".join(["its loss or gradients differ from eager", *notes]))
+        notes.append("compiled without the pass, it differs from eager too, and in the same way")
+    if any(report.rewritten for report in reports):
+        return Result(kind, name, "rewritten", "; ".join(notes))
+    together = [refusal for report in reports for refusal in report.refused if TOGETHER not in refusal.advice]
+    if together or len(reports) == 1:
+        return Result(kind, name, "refused", "; ".join(notes) or "no loss over logits was found")
+    where = dict.fromkeys(where for report in reports for where in report.breaks)
+    return Result(
+        kind, name, "apart", f"{len(reports)} graphs; Dynamo ends them at {'; '.join(where) or 'no known place'}"
+    )
+
+
+def plain(module, _):
+    return module.forward
+
+
+def _compiled(model, function, given, **how) -> list:
     torch._dynamo.reset()
     torch.manual_seed(0)
-    if through_inductor:
-        compiled = torch.compile(function, backend="cce", options=EVERYTHING)
-        with cce_inductor.capture_reports() as reports:
-            output = compiled(**given)
-    else:
-        pass_alone.__module__ = "cce_inductor.backend"  # so that warning_once is left out, as it is for the backend
-        output = torch.compile(function, backend=pass_alone)(**given)
-    ours = _loss_and_gradients(model, output if isinstance(output, torch.Tensor) else output.loss)
-    rewritten = sum(len(report.rewritten) for report in reports)
-    refused = [str(refusal) for report in reports for refusal in report.refused]
-    for mine, theirs in zip(ours, eager, strict=True):
-        if (mine is None) != (theirs is None) or (
-            mine is not None and not torch.allclose(mine, theirs, rtol=1e-3, atol=1e-5, equal_nan=True)
-        ):
-            return Result(kind, name, "wrong", f"{rewritten} rewritten; differs from eager")
-    if rewritten:
-        return Result(kind, name, "rewritten", "; ".join(refused))
-    reason = "; ".join(refused) or "no loss over logits was found"
-    return Result(kind, name, "refused", f"{len(reports)} graph(s): {reason}")
+    output = torch.compile(function, **how)(**given)
+    return _loss_and_gradients(model, output if isinstance(output, torch.Tensor) else output.loss)
+
+
+def _same(ours: list, theirs: list) -> bool:
+    return all(
+        (mine is None) == (other is None)
+        and (mine is None or torch.allclose(mine, other, rtol=1e-3, atol=1e-5, equal_nan=True))
+        for mine, other in zip(ours, theirs, strict=True)
+    )
 
 
 def _loss_and_gradients(model, loss) -> list:
@@ -109,6 +140,18 @@ def _too_slow(*_) -> None:
 
 def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:160]
+
+
+def _in_processes(tasks: list[tuple], workers: int) -> Iterator[Result]:
+    """Results as they come. Processes are started anew now and then, as Dynamo's memory grows with every model."""
+    context = torch.multiprocessing.get_context("spawn")
+    for start in range(0, len(tasks), 40 * workers):
+        with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
+            futures = {pool.submit(examine, *task): task for task in tasks[start : start + 40 * workers]}
+            for future in concurrent.futures.as_completed(futures):
+                kind, name, *_ = futures[future]
+                dead = isinstance(future.exception(), concurrent.futures.process.BrokenProcessPool)
+                yield Result(kind, name, "not traceable", "its process died") if dead else future.result()
 
 
 def main() -> None:
@@ -127,22 +170,14 @@ def main() -> None:
         if not only or name in only
     ]
     counts: collections.Counter = collections.Counter()
-    reasons: collections.Counter = collections.Counter()
-    context = torch.multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(arguments.workers, context, max_tasks_per_child=40) as pool:
-        for future in concurrent.futures.as_completed([pool.submit(examine, *task) for task in tasks]):
-            result = future.result()
-            counts[result.kind, result.verdict] += 1
-            if result.verdict in ("refused", "wrong"):
-                reasons[result.reason.split(": ", 1)[-1].rsplit(": ", 1)[-1]] += 1
-            print(f"{result.kind:10} {result.name:32} {result.verdict:14} {result.reason}", flush=True)
+    for result in _in_processes(tasks, arguments.workers):
+        counts[result.kind, result.verdict] += 1
+        print(f"{result.kind:10} {result.name:32} {result.verdict:14} {result.reason}", flush=True)
     print(f"\ntransformers {transformers.__version__}, torch {torch.__version__}")
-    verdicts = ("rewritten", "refused", "wrong", "not traceable", "not built")
-    print(f"{'':10} " + " ".join(f"{verdict:>14}" for verdict in verdicts))
+    print(f"{'':10} " + " ".join(f"{verdict:>14}" for verdict in VERDICTS))
     for kind in arguments.kinds.split(","):
-        print(f"{kind:10} " + " ".join(f"{counts[kind, verdict]:14}" for verdict in verdicts))
-    for reason, count in reasons.most_common():
-        print(f"{count:4}  {reason}")
+        print(f"{kind:10} " + " ".join(f"{counts[kind, verdict]:14}" for verdict in VERDICTS))
+    print("\n".join(f"{verdict}: {meaning}" for verdict, meaning in VERDICTS.items() if meaning))
 
 
 if __name__ == "__main__":
