@@ -15,7 +15,7 @@ from .logits import DeferredLogits, Refused
 from .matmuls import is_vocab_vector, vocab_vector
 from .reductions import Reduction
 from .registry import Call, operation, out_of_place, rule, tensor_of
-from .softmax import Floored, Probabilities
+from .softmax import Floored, Negated, Probabilities
 
 
 def with_dtype(call: Call, x: DeferredLogits) -> DeferredLogits:
@@ -167,10 +167,11 @@ POINTWISE: dict[str, Callable[..., sympy.Expr]] = {
 
 
 @rule(*POINTWISE)
-def pointwise(call: Call, x: DeferredLogits, inplace: bool = False) -> DeferredLogits | Probabilities:
+def pointwise(call: Call, x: DeferredLogits, inplace: bool = False) -> DeferredLogits | Probabilities | Negated:
     name = out_of_place(operation(call.node))
-    if x.normalized and name == "exp":
-        return Probabilities(x.to(call.output.dtype))
+    of_log_probabilities: dict[str, Any] = {"exp": Probabilities, "neg": Negated}
+    if x.normalized and name in of_log_probabilities:
+        return of_log_probabilities[name](x.to(call.output.dtype))
     return x.map(POINTWISE[name]).to(call.output.dtype)
 
 

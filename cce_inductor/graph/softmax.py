@@ -35,6 +35,14 @@ class Floored:
 
 
 @dataclass(frozen=True)
+class Negated:
+    """-log p."""
+
+    log: DeferredLogits  # normalized
+    kind: ClassVar = "negated"
+
+
+@dataclass(frozen=True)
 class Product:
     """factor * p * log p, or factor * p * x."""
 
@@ -71,7 +79,7 @@ _ROW_OPERATIONS = (
     "squeeze", "to", "type_as", "unsqueeze", "view",
 )  # fmt: skip
 for _name in _ROW_OPERATIONS:
-    for _kind in (Probabilities.kind, Floored.kind, Product.kind):
+    for _kind in (Probabilities.kind, Floored.kind, Negated.kind, Product.kind):
         rule(f"{_kind}.{_name}")(functools.partial(_on_rows, RULES[_name]))
 
 
@@ -80,20 +88,35 @@ def neg(call: Call, x: Probabilities | Product) -> Probabilities | Product:
     return replace(x, factor=-x.factor)
 
 
+@rule("negated.neg")
+def negated_twice(call: Call, x: Negated) -> DeferredLogits:
+    return x.log
+
+
+def _negative(function: Callable, call: Call, x: Negated, *args: Any, **named: Any) -> Reduction:
+    reduction = function(call, x.log, *args, **named)
+    return replace(reduction, build=lambda results: -reduction.build(results))
+
+
+for _name in ("gather", "sum", "mean"):
+    rule(f"{Negated.kind}.{_name}")(functools.partial(_negative, RULES[_name]))
+
+
 @rule("softmax.log")
 def log(call: Call, p: Probabilities) -> None:
     raise Refused("the log of a softmax is -inf where a probability is rounded to zero; use log_softmax")
 
 
-@rule("softmax.mul", "floored.mul")
+@rule("softmax.mul", "floored.mul", "negated.mul")
 def times(call: Call, a: Any, b: Any) -> Product:
     p, x = (a, b) if isinstance(a, Probabilities) else (b, a)
-    log = x.log if isinstance(x, Floored) else x
+    log = x.log if isinstance(x, Floored | Negated) else x
     if not isinstance(p, Probabilities) or not isinstance(log, DeferredLogits) or not _same_logits(p.log, log):
         raise Refused("probabilities are multiplied by something else than the same logits or their log_softmax")
     if log.logit_map.expr.has(-sympy.oo) and not isinstance(x, Floored):
         raise Refused("0 * -inf, of classes that are masked with -inf, is nan; mask with a large negative number")
-    return Product(p.log.to(call.output.dtype), log.normalized, p.factor)
+    factor = -p.factor if isinstance(x, Negated) else p.factor
+    return Product(p.log.to(call.output.dtype), log.normalized, factor)
 
 
 def _same_logits(a: DeferredLogits, b: DeferredLogits) -> bool:

@@ -43,6 +43,10 @@ LOSSES = {
     "z_loss": lambda x, t: F.cross_entropy(x, t) + 1e-2 * x.logsumexp(-1).pow(2).mean(),
     "z_loss_first": lambda x, t: 1e-2 * torch.logsumexp(x, dim=-1).square().mean() + F.cross_entropy(x, t),
     "z_loss_list": lambda x, t: x.logsumexp([-1]).pow(2).sum() + F.cross_entropy(x, t, reduction="sum"),
+    "negated_log_softmax": lambda x, t: (-x.log_softmax(-1)).gather(-1, t[:, None]).mean(),
+    "negated_twice": lambda x, t: F.nll_loss(-(-x.log_softmax(-1)), t),
+    "negated_rows": lambda x, t: (-x.log_softmax(-1))[2:].gather(-1, t[2:, None]).sum(),
+    "smoothing_of_negated": lambda x, t: _transformers(x, t),
     "three_of_a_kind": lambda x, t: F.cross_entropy(x, t) + F.nll_loss(x.log_softmax(1), t) + x.logsumexp(1).sum(),
     "focal": lambda x, t: _focal(F.cross_entropy(x, t, reduction="none")),
     "unlikely": lambda x, t: torch.log1p(-torch.exp(-F.cross_entropy(x, t, reduction="none"))).mean(),
@@ -53,6 +57,12 @@ def _timm(x, t):
     log_probs = F.log_softmax(x, dim=-1)
     nll = -log_probs.gather(dim=-1, index=t.unsqueeze(1)).squeeze(1)
     return (0.9 * nll + 0.1 * -log_probs.mean(dim=-1)).mean()
+
+
+def _transformers(x, t):
+    log_probs = -F.log_softmax(x, dim=-1)
+    nll = log_probs.gather(dim=-1, index=t.unsqueeze(-1)).masked_fill_(t.unsqueeze(-1) == 3, 0.0)
+    return 0.9 * nll.sum() / t.numel() + 0.1 * log_probs.sum(dim=-1, keepdim=True).sum() / (t.numel() * V)
 
 
 def _focal(nll):

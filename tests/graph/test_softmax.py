@@ -48,6 +48,8 @@ ENTROPIES = {
     "log_softmax_softmax": lambda x: -torch.sum(x.log_softmax(1) * x.softmax(1), dim=1),
     "negative_before": lambda x: (-F.softmax(x, -1) * F.log_softmax(x, -1)).sum(dim=-1, keepdim=True),
     "negative_product": lambda x: (-(x.softmax(-1) * x.log_softmax(-1))).sum(-1),
+    "negated_log": lambda x: (x.softmax(-1) * -x.log_softmax(-1)).sum(-1),
+    "negated_log_first": lambda x: torch.sum(torch.neg(x.log_softmax(-1)) * x.softmax(-1), -1, keepdim=True),
     "exp_of_log_softmax": lambda x: -(x.log_softmax(-1).exp() * x.log_softmax(-1)).sum(-1),
     "logsumexp": lambda x: torch.logsumexp(x, dim=-1) - torch.sum(F.softmax(x, dim=-1) * x, dim=-1),
     "expected_logit": lambda x: (x * x.softmax(-1)).sum(-1),
