@@ -1,6 +1,7 @@
 """Untouched models of transformers, tiny and random: the loss is rewritten, and the logits of the output are lazy."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ pytest.importorskip("transformers", reason="needs transformers: pip install cce_
 
 import transformers
 from small import DECODER, VOCAB, assert_same_gradients, batch, compiled, llama, make
+from transformers.trainer_pt_utils import LabelSmoother
 
 BERT = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCAB,
@@ -77,14 +79,53 @@ def test_the_loss_alone(as_tuple):
 
 def test_evaluation_and_generation():
     eager = llama().eval()
-    function, _ = compiled(copy.deepcopy(eager))
+    mine = copy.deepcopy(eager)
+    mine.forward, _ = compiled(mine.forward)  # generate() calls that
     with torch.no_grad():
-        out, reference = function(**batch()), eager(**batch())
+        out, reference = mine(**batch()), eager(**batch())
+        assert type(out.logits) is LazyLogits
         assert not out.logits.requires_grad
         torch.testing.assert_close(out.logits.argmax(-1), reference.logits.argmax(-1))
-        ids = batch()["input_ids"]
+        ids = batch(8)["input_ids"]
         how = {"max_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(ids)}
-        assert torch.equal(function.generate(ids, **how), eager.generate(ids, **how))
+        assert torch.equal(mine.generate(ids, **how), eager.generate(ids, **how))
+
+
+def test_an_output_that_is_saved():
+    """It holds plain logits in the file: who loads it need not have this package."""
+    model = llama().train()
+    out, file = compiled(model)[0](**batch()), io.BytesIO()
+    torch.save(out, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert type(loaded) is type(out)
+    assert type(loaded.logits) is torch.Tensor
+    torch.testing.assert_close(loaded.logits, model(**batch()).logits)
+
+
+def test_label_smoothing():
+    """The Trainer smooths outside of the model: the logits are needed, unless both are compiled as one function."""
+    eager = llama(vocab_size=1031, num_hidden_layers=1)  # an output of fewer classes might be any layer's
+    mine = copy.deepcopy(eager)
+    smoother, given = LabelSmoother(0.1), batch()
+
+    def loss_of(model, input_ids, labels):
+        return smoother(model(input_ids=input_ids), labels, shift_labels=True)
+
+    model, seen = compiled(mine)
+    reference = loss_of(eager, **given)
+    torch.testing.assert_close(loss_of(model, **given), reference)
+    [refusal] = seen.reports[0].refused
+    assert refusal.reason == "the logits are returned and no loss of them is in this graph"
+    assert refusal.advice.startswith("compile head and loss together")
+
+    together, seen = compiled(loss_of)
+    loss = together(mine, **given)
+    torch.testing.assert_close(loss, reference)
+    assert len(seen.rewritten) == 1
+    seen.assert_no_logits()
+    loss.backward(), reference.backward()
+    assert_same_gradients(mine, eager)
 
 
 def test_accelerate_converts_outputs_to_float32():
