@@ -102,7 +102,8 @@ for _name in _ROW_OPERATIONS:
 
 @rule("softmax.neg", "scaled.neg", "product.neg")
 def neg(call: Call, x: Any) -> Any:
-    return replace(x, factor=-x.factor)
+    x = replace(x, factor=-x.factor)
+    return x.log if isinstance(x, Scaled) and x.factor == 1.0 else x
 
 
 for _name in ("scaled.gather", "scaled.sum", "scaled.mean", "softmax.gather"):

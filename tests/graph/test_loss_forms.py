@@ -53,6 +53,8 @@ LOSSES = {
     "z_loss": lambda x, t: F.cross_entropy(x, t) + 1e-2 * x.logsumexp(-1).pow(2).mean(),
     "z_loss_first": lambda x, t: 1e-2 * torch.logsumexp(x, dim=-1).square().mean() + F.cross_entropy(x, t),
     "z_loss_list": lambda x, t: x.logsumexp([-1]).pow(2).sum() + F.cross_entropy(x, t, reduction="sum"),
+    "negated_twice": lambda x, t: F.nll_loss(torch.neg(-x.log_softmax(-1)), t),
+    "negated_rows": lambda x, t: (-x.log_softmax(-1))[2:].gather(-1, t[2:, None]).sum(),
     "three_of_a_kind": lambda x, t: F.cross_entropy(x, t) + F.nll_loss(x.log_softmax(1), t) + x.logsumexp(1).sum(),
     "focal": lambda x, t: _focal(F.cross_entropy(x, t, reduction="none")),
     "unlikely": lambda x, t: torch.log1p(-torch.exp(-F.cross_entropy(x, t, reduction="none"))).mean(),

@@ -52,6 +52,7 @@ ENTROPIES = {
     "in_bits": lambda x: (x.log_softmax(-1) / -0.6931 * x.softmax(-1)).sum(-1),
     "scaled_product": lambda x: (2 * (x.softmax(-1) * x.log_softmax(-1)) / -3).sum(-1),
     "entr": lambda x: torch.special.entr(x.softmax(-1)).sum(-1),
+    "negated_log_first": lambda x: torch.sum(torch.neg(x.log_softmax(-1)) * x.softmax(-1), -1, keepdim=True),
     "exp_of_log_softmax": lambda x: -(x.log_softmax(-1).exp() * x.log_softmax(-1)).sum(-1),
     "logsumexp": lambda x: torch.logsumexp(x, dim=-1) - torch.sum(F.softmax(x, dim=-1) * x, dim=-1),
     "expected_logit": lambda x: (x * x.softmax(-1)).sum(-1),

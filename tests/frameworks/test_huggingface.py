@@ -1,37 +1,31 @@
 """Untouched models of transformers, tiny and random: the loss is rewritten, and the logits of the output are lazy."""
 
 import copy
+import io
 
 import pytest
 import torch
-from helpers import EVERYTHING
-from torch._dynamo.backends.debugging import aot_eager
 
 import cce_inductor
-from cce_inductor.graph.driver import rewrite_module
-from cce_inductor.graph.returned import LazyResults
 from cce_inductor.lazy_logits import LazyLogits
 
-reason = "needs transformers: pip install cce_inductor[models]"
-transformers = pytest.importorskip("transformers", reason=reason)
+pytest.importorskip("transformers", reason="needs transformers: pip install cce_inductor[models]")
 
-V = 211
-DECODER = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "vocab_size": V,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+import transformers
+from small import DECODER, VOCAB, assert_same_gradients, batch, compiled, llama, make
+from transformers.trainer_pt_utils import LabelSmoother
+
 BERT = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": V,
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCAB,
     "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
 }  # fmt: skip
 T5 = {
-    "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": V, "dropout_rate": 0.0,
+    "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": VOCAB, "dropout_rate": 0.0,
     "decoder_start_token_id": 0,
 }  # fmt: skip
 BART = {
     "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "vocab_size": V, "dropout": 0.0,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "vocab_size": VOCAB, "dropout": 0.0,
     "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     "decoder_start_token_id": 2, "forced_eos_token_id": 2,
 }  # fmt: skip
@@ -46,17 +40,6 @@ MODELS = {
 }
 
 
-def make(architecture, config, arguments, dtype=torch.float32):
-    torch.manual_seed(0)
-    config = getattr(transformers, config)(**arguments)
-    return getattr(transformers, architecture)(config).to(dtype)
-
-
-def batch():
-    ids = torch.randint(3, V, (2, 12), generator=torch.Generator().manual_seed(1))
-    return {"input_ids": ids, "labels": ids.masked_fill(torch.arange(12) < 3, -100)}
-
-
 @pytest.fixture(autouse=True)
 def _fresh():
     torch._dynamo.reset()
@@ -64,34 +47,13 @@ def _fresh():
     torch._dynamo.reset()
 
 
-def compiled(model):
-    """The compiled model, and the reports of its graphs."""
-    reports = []
-
-    def backend(module, inputs):
-        lazy = LazyResults(module.graph)
-        reports.append(rewrite_module(module, EVERYTHING, lazy))
-        return lazy.around(aot_eager(module, inputs))
-
-    return torch.compile(model, backend=backend), reports
-
-
-def assert_same_gradients(mine, theirs):
-    """Up to rounding of the largest of the model: some are zero but for rounding."""
-    largest = max(p.grad.abs().max() for p in theirs.parameters() if p.grad is not None)
-    for (name, one), other in zip(mine.named_parameters(), theirs.parameters(), strict=True):
-        assert (one.grad is None) == (other.grad is None), name
-        if other.grad is not None:
-            assert (one.grad - other.grad).abs().max() <= 1e-5 * largest, name
-
-
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_loss_logits_and_gradients_are_eagers(model):
     eager = make(*model).train()
     mine = copy.deepcopy(eager)
-    function, reports = compiled(mine)
+    function, seen = compiled(mine)
     out, reference = function(**batch()), eager(**batch())
-    [rewrite] = [rewrite for report in reports for rewrite in report.rewritten]
+    [rewrite] = seen.rewritten
     assert rewrite.returned == "lazy"
     assert type(out.logits) is LazyLogits
     assert not out.logits.is_computed
@@ -105,7 +67,7 @@ def test_loss_logits_and_gradients_are_eagers(model):
 
 @pytest.mark.parametrize("as_tuple", [False, True])
 def test_the_loss_alone(as_tuple):
-    eager = make(*MODELS["Llama"]).train()
+    eager = llama().train()
     mine = copy.deepcopy(eager)
     out = compiled(mine)[0](**batch(), return_dict=not as_tuple)
     loss, logits = out[:2] if as_tuple else (out.loss, out.logits)
@@ -116,21 +78,60 @@ def test_the_loss_alone(as_tuple):
 
 
 def test_evaluation_and_generation():
-    eager = make(*MODELS["Llama"]).eval()
-    function, _ = compiled(copy.deepcopy(eager))
+    eager = llama().eval()
+    mine = copy.deepcopy(eager)
+    mine.forward, _ = compiled(mine.forward)  # generate() calls that
     with torch.no_grad():
-        out, reference = function(**batch()), eager(**batch())
+        out, reference = mine(**batch()), eager(**batch())
+        assert type(out.logits) is LazyLogits
         assert not out.logits.requires_grad
         torch.testing.assert_close(out.logits.argmax(-1), reference.logits.argmax(-1))
-        ids = batch()["input_ids"]
+        ids = batch(8)["input_ids"]
         how = {"max_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(ids)}
-        assert torch.equal(function.generate(ids, **how), eager.generate(ids, **how))
+        assert torch.equal(mine.generate(ids, **how), eager.generate(ids, **how))
+
+
+def test_an_output_that_is_saved():
+    """It holds plain logits in the file: who loads it need not have this package."""
+    model = llama().train()
+    out, file = compiled(model)[0](**batch()), io.BytesIO()
+    torch.save(out, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert type(loaded) is type(out)
+    assert type(loaded.logits) is torch.Tensor
+    torch.testing.assert_close(loaded.logits, model(**batch()).logits)
+
+
+def test_label_smoothing():
+    """The Trainer smooths outside of the model: the logits are needed, unless both are compiled as one function."""
+    eager = llama(vocab_size=1031, num_hidden_layers=1)  # an output of fewer classes might be any layer's
+    mine = copy.deepcopy(eager)
+    smoother, given = LabelSmoother(0.1), batch()
+
+    def loss_of(model, input_ids, labels):
+        return smoother(model(input_ids=input_ids), labels, shift_labels=True)
+
+    model, seen = compiled(mine)
+    reference = loss_of(eager, **given)
+    torch.testing.assert_close(loss_of(model, **given), reference)
+    [refusal] = seen.reports[0].refused
+    assert refusal.reason == "the logits are returned and no loss of them is in this graph"
+    assert refusal.advice.startswith("compile head and loss together")
+
+    together, seen = compiled(loss_of)
+    loss = together(mine, **given)
+    torch.testing.assert_close(loss, reference)
+    assert len(seen.rewritten) == 1
+    seen.assert_no_logits()
+    loss.backward(), reference.backward()
+    assert_same_gradients(mine, eager)
 
 
 def test_accelerate_converts_outputs_to_float32():
     accelerate = pytest.importorskip("accelerate", reason="needs accelerate: pip install cce_inductor[models]")
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    model = make(*MODELS["Llama"]).train()
+    model = llama().train()
     with torch.no_grad():
         reference = model(**batch()).logits
     accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
@@ -149,8 +150,8 @@ def test_accelerate_converts_outputs_to_float32():
 def test_trainer(tmp_path):
     """Training in bfloat16 with accumulated gradients, evaluation with metrics, prediction."""
     pytest.importorskip("accelerate", reason="needs accelerate: pip install cce_inductor[models]")
-    data = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, V, (8, 12))]
-    start = make(*MODELS["Llama"])
+    data = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, VOCAB, (8, 12))]
+    start = llama()
 
     def accuracy(prediction):
         return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
@@ -177,5 +178,5 @@ def test_trainer(tmp_path):
     assert len(losses) == 3
     assert losses == pytest.approx(eager_losses, rel=1e-3)
     assert scores["eval_loss"] == pytest.approx(eager_scores["eval_loss"], rel=1e-3)
-    assert predictions.shape == eager_predictions.shape == (8, 12, V)
+    assert predictions.shape == eager_predictions.shape == (8, 12, VOCAB)
     assert abs(predictions - eager_predictions).max() < 0.1
