@@ -115,7 +115,9 @@ def test_an_option_reaches_the_operator(name, value):
 
     def backend(module, inputs):
         rewrite_module(module, Options(min_vocab=0, min_logits_bytes=0, **{name: value}))
-        limits.extend(node.kwargs.get(name) for node in module.graph.nodes if str(node.target).startswith("cce_inductor."))
+        limits.extend(
+            node.kwargs.get(name) for node in module.graph.nodes if str(node.target).startswith("cce_inductor.")
+        )
         return module.forward
 
     torch._dynamo.reset()

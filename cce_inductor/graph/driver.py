@@ -67,7 +67,9 @@ def _rewrite_child(graph: Graph, name: str, child: GraphModule, options: Options
 
 
 def _failed(error: Exception) -> Report:
-    return Report(refused=[Refusal("", "cce_inductor", f"the pass failed: {type(error).__name__}: {error}", advice=BUG)])
+    return Report(
+        refused=[Refusal("", "cce_inductor", f"the pass failed: {type(error).__name__}: {error}", advice=BUG)]
+    )
 
 
 def _finish(graph: Graph, rewritings: list[Rewriting], report: Report) -> None:

@@ -23,8 +23,8 @@ HEADS = [
     "torch.stack([F.linear({h}, {w}), F.linear({h}.sin(), {w})])[0]",
     "F.linear({h}, {w}[:, :1]) if {h}.shape[-1] == 1 else F.linear({h}, {w})",
 ]
-WEIGHTS = [
-    "w[:1].expand(w.shape)", "torch.zeros_like(w)", "w[1:]", "w[:-1]", "w.bfloat16()", "w.float()", "w * 0.5",
+WEIGHTS = [  # not with equal rows: the gradient of one, a sum over classes, is zero, and rounding all there is
+    "w[:, :1].expand(w.shape)", "torch.zeros_like(w)", "w[1:]", "w[:-1]", "w.bfloat16()", "w.float()", "w * 0.5",
     "w.detach()", "w.t().contiguous().t()", "w.clone()", "w / (w.norm(dim=-1, keepdim=True) + 1)",
     "torch.cat([w, w])", "w * s", "w.flip(0)", "w[torch.arange(w.shape[0])]",
 ]  # fmt: skip
