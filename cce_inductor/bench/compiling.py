@@ -1,7 +1,7 @@
-"""`--compile-time`: what the pass adds to the time that torch.compile takes, and what caches save in the next process.
+"""`--compile-time`: what the pass adds to the time of torch.compile, and what caches save in the next process.
 
-The model is a small Llama: that of transformers where it is installed, else the one in `models.py`. Each compilation runs
-in a process of its own; the first finds an empty cache of compiled code, the second what the first left.
+The model is a small Llama: that of transformers where it is installed, else the one in `models.py`. Each compilation
+runs in a process of its own; the first finds an empty cache of compiled code, the second what the first left.
 """
 
 import json
