@@ -133,6 +133,14 @@ def _parse_node(node: ast.expr) -> sympy.Expr:
     )
 
 
+@functools.lru_cache(maxsize=256)
+def _affine(expr: sympy.Expr) -> tuple[float, float] | None:
+    slope = sympy.diff(expr, Z)
+    if slope.free_symbols or not slope.is_number or slope == 0:
+        return None
+    return float(slope), float(expr.subs(Z, 0))
+
+
 @dataclass(frozen=True)
 class LogitMap:
     """x = f(z), applied to every logit; immutable, compared and hashed by its text."""
@@ -173,10 +181,7 @@ class LogitMap:
 
     def affine(self) -> tuple[float, float] | None:
         """(a, c) where f(z) = a * z + c, or None where f is not of that form or a is zero."""
-        slope = self.derivative
-        if slope.free_symbols or not slope.is_number or slope == 0:
-            return None
-        return float(slope), float(self.expr.subs(Z, 0))
+        return _affine(self.expr)
 
     def then(self, step: Callable[[sympy.Expr], sympy.Expr]) -> "LogitMap":
         """The map that applies `step` to the result of this one."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from . import describe, heads, scaling, show, train
+from . import compiling, describe, heads, scaling, show, train
 from .data import DATA
 from .heads import Budget, Case, Row
 from .methods import METHODS
@@ -30,6 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--scaling", action="store_true", help="sweep N and V of the first shape instead")
     what.add_argument("--train", action="store_true", help="measure whole training steps instead")
+    what.add_argument("--compile-time", action="store_true", help="measure compilation, cold and warm, and the pass")
     what.add_argument("--describe", action="store_true", help="print statistics of the data instead")
     parser.add_argument(
         "--shapes", nargs="+", default=["gemma2-2b"] if device == "cuda" else ["tiny"], help="N,V,D, or names as below"
@@ -86,26 +87,28 @@ def main() -> None:
         describe_all(arguments, about, console)
         return
     measured, line = _rows_and_line(arguments)
+    of_heads = not (arguments.scaling or arguments.train or arguments.compile_time)
     rows: list[Row] = []
     for row in measured:
         rows.append(row)
-        if not (arguments.scaling or arguments.train) and (
-            len(rows) == 1 or show.problem(rows[-2]) != show.problem(row)
-        ):
+        if of_heads and (len(rows) == 1 or show.problem(rows[-2]) != show.problem(row)):
             console.print(show.problem(row))
         console.print(line(row), highlight=False)
         if arguments.json:
             show.write_json(arguments.json, about, rows)
-    if not (arguments.scaling or arguments.train):
+    if of_heads:
         for title, group in show.by_problem(rows).items():
             console.print(show.table(title, group))
-    if arguments.png and not arguments.train:
+    if arguments.png and (of_heads or arguments.scaling):
         (scaling if arguments.scaling else show).draw(rows, about, arguments.png)
 
 
 def _rows_and_line(arguments: argparse.Namespace) -> tuple[Iterable[Row], Callable[[Row], str]]:
     budget = Budget(arguments.budget)
     dtype, device, seconds = DTYPES[arguments.dtype], arguments.device, arguments.seconds
+    if arguments.compile_time:
+        names = [name for name in arguments.methods or compiling.METHODS if name in compiling.METHODS]
+        return compiling.run(names, device, budget), compiling.line
     if arguments.train:
         names = [name for name in arguments.methods or train.METHODS if name in train.METHODS]
         return train.run(arguments.models, names, device, arguments.batch, arguments.most, seconds, budget), train.line

@@ -45,22 +45,45 @@ def _rewrite_module(
         log.warning("the pass failed, the graph is compiled as it is", exc_info=True)
         for rewriting in reversed(rewritings):
             rewriting.undo()
-        reason = f"the pass failed: {type(error).__name__}: {error}"
-        report = Report(refused=[Refusal("", "cce_inductor", reason, advice=BUG)])
+        report = _failed(error)
     else:
         if rewritings:
-            finish(module.graph, rewritings)
-            joined = merge_calls(module.graph)
-            calls = [len({joined.get(call, call) for call in rewriting.calls}) for rewriting in rewritings]
-            report.rewritten = [replace(r, operator_calls=n) for r, n in zip(report.rewritten, calls, strict=True)]
+            _finish(module.graph, rewritings, report)
             module.recompile()
         if lazy is not None:
             lazy.found += [result for rewriting in rewritings for result in rewriting.lazy]
     for name, child in module.named_children():
         if isinstance(child, GraphModule):
-            with torch.set_grad_enabled(grad_mode_of_calls(module.graph, name)):
-                report.extend(_rewrite_module(child, options, None, not_lazy or SUBGRAPH, nested=True))
+            report.extend(_rewrite_child(module.graph, name, child, options, not_lazy or SUBGRAPH))
     return report
+
+
+def _rewrite_child(graph: Graph, name: str, child: GraphModule, options: Options, not_lazy: str) -> Report:
+    """The same for a subgraph that a graph calls by its name."""
+    try:
+        grad_enabled = grad_mode_of_calls(graph, name)
+    except Exception as error:
+        log.warning("the pass failed, a subgraph is compiled as it is", exc_info=True)
+        return _failed(error)
+    with torch.set_grad_enabled(grad_enabled):
+        return _rewrite_module(child, options, None, not_lazy, nested=True)
+
+
+def _failed(error: Exception) -> Report:
+    return Report(
+        refused=[Refusal("", "cce_inductor", f"the pass failed: {type(error).__name__}: {error}", advice=BUG)]
+    )
+
+
+def _finish(graph: Graph, rewritings: list[Rewriting], report: Report) -> None:
+    """Removes what is not used any longer, and joins operator calls. Where that fails, the program is right too."""
+    try:
+        finish(graph, rewritings)
+        joined = merge_calls(graph)
+        calls = [len({joined.get(call, call) for call in rewriting.calls}) for rewriting in rewritings]
+        report.rewritten = [replace(r, operator_calls=n) for r, n in zip(report.rewritten, calls, strict=True)]
+    except Exception:
+        log.warning("tidying up failed, the graph stays as it is rewritten", exc_info=True)
 
 
 def _rewrite_graph(

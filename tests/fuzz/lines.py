@@ -20,10 +20,11 @@ HEADS = [
     f"torch.bmm({FLAT}[None], {{w}}.mT[None]).squeeze(0){BACK}",
     "({w} @ {h}.mT).mT",
     "F.linear({h}, {w}) + 0.5 * F.linear({h}.cos(), {w}.sin())",
+    "torch.stack([F.linear({h}, {w}), F.linear({h}.sin(), {w})])[0]",
     "F.linear({h}, {w}[:, :1]) if {h}.shape[-1] == 1 else F.linear({h}, {w})",
 ]
-WEIGHTS = [
-    "w[:1].expand(w.shape)", "torch.zeros_like(w)", "w[1:]", "w[:-1]", "w.bfloat16()", "w.float()", "w * 0.5",
+WEIGHTS = [  # not with equal rows: the gradient of one, a sum over classes, is zero, and rounding all there is
+    "w[:, :1].expand(w.shape)", "torch.zeros_like(w)", "w[1:]", "w[:-1]", "w.bfloat16()", "w.float()", "w * 0.5",
     "w.detach()", "w.t().contiguous().t()", "w.clone()", "w / (w.norm(dim=-1, keepdim=True) + 1)",
     "torch.cat([w, w])", "w * s", "w.flip(0)", "w[torch.arange(w.shape[0])]",
 ]  # fmt: skip
@@ -121,8 +122,18 @@ CHECKPOINTS = [
     f"checkpoint(lambda h, w: {LOSS_OF}), {{h}}, {{w}}, use_reentrant=False)",
     f"checkpoint(lambda h, w: {LOSS_OF}, reduction='none'), {{h}}, {{w}}, use_reentrant=False)",
 ]
+MAXIMA = [
+    "{x}.argmax(-1)", "{x}.max(-1).values", "{x}.max(-1)[1]", "({x}.argmax(-1) == {t}).sum()", "{x}.detach().amax(-1)",
+    "{x}.softmax(-1).max(dim=-1).values", "F.softmax({x}.detach(), -1).amax(-1)", "{x}.log_softmax(-1).argmax(-1)",
+    "{x}.max(-1, keepdim=True).values",
+]  # fmt: skip
+ENTROPIES = [
+    "-({x}.softmax(-1) * {x}.log_softmax(-1)).sum(-1)", "-({x}.log_softmax(-1).exp() * {x}.log_softmax(-1)).sum(-1)",
+    "{x}.logsumexp(-1) - ({x}.softmax(-1) * {x}).sum(-1)", "Categorical(logits={x}).entropy()",
+    "-({x}.detach().softmax(-1) * {x}.detach().log_softmax(-1)).sum(-1)", "({x} * {x}.softmax(-1)).sum(-1).mean()",
+]  # fmt: skip
 OTHERS = [  # need the logits
-    "{x}.argmax(-1)", "{x}.max()", "{x}.sum()", "{x}.softmax(-1)", "({x}.softmax(-1) * {x}.log_softmax(-1)).sum(-1)",
+    "{x}.max()", "{x}.sum()", "{x}.softmax(-1)", "{x}.softmax(-1)[..., 0]",
     "F.dropout({x}, 0.25).sum()", "({x} * r.sum()).mean()", "{x}.std()", "n.copy_({x}.detach().mean())",
     "{x}.topk(1)[0]",
     "F.cross_entropy({x}.reshape(-1, {x}.shape[-1]), {x}.reshape(-1, {x}.shape[-1]).detach().softmax(-1))",

@@ -18,11 +18,13 @@ from lines import (
     AFTER,
     CHECKPOINTS,
     CROSS_ENTROPY,
+    ENTROPIES,
     FLAT_PAIR,
     HEADS,
     HIDDEN,
     LOSSES,
     MAPS,
+    MAXIMA,
     MODES,
     ODD_ROWS,
     OTHERS,
@@ -32,10 +34,11 @@ from lines import (
     WRITES,
 )
 from torch import Tensor
+from torch.distributions import Categorical
 from torch.utils.checkpoint import checkpoint
 
 ARGUMENTS = "h, ids, w, b, s, a, c, m, t, r, n"
-NAMESPACE = {"torch": torch, "F": F, "inf": float("inf"), "checkpoint": checkpoint}
+NAMESPACE = {"torch": torch, "F": F, "inf": float("inf"), "checkpoint": checkpoint, "Categorical": Categorical}
 LARGEST = 4000  # elements of the logits
 _serial = itertools.count()
 
@@ -127,6 +130,7 @@ class Builder:
     losses: list[tuple[str, str]] = field(default_factory=list)
     hidden: str = "h"
     weight: str = "w"
+    picks_classes: bool = False  # a result depends on which logit is the largest
 
     def sometimes(self, percent: int) -> bool:
         return self.draw(st.integers(0, 99)) >= 100 - percent
@@ -174,6 +178,14 @@ class Builder:
             return False  # the gradients of a single class are zero in eager PyTorch, and rounding in the operators
         return logits.shape[:-1] == labels.shape and logits.numel() <= LARGEST
 
+    def _has_clear_maxima(self, x: str) -> bool:
+        """Whether rounding does not decide which logit is the largest of a row."""
+        logits = self.values[x].detach().double()
+        if not logits.numel() or not logits.isfinite().any(-1).all():
+            return False
+        first, second = logits.topk(2).values.unbind(-1)
+        return bool((first - second > 0.05 * first.abs() + 0.05).all())
+
     # ---------------------------------------------------------------------------------------- parts of a program
 
     def head(self) -> None:
@@ -216,6 +228,16 @@ class Builder:
         if name := self.try_value("l", loss):
             self.losses.append((name, t))
 
+    def readers(self) -> None:
+        """Accuracies, confidences, entropies."""
+        x, t = self.latest(self.logits)
+        if self.sometimes(20) and (name := self.try_value("o", self.line(ENTROPIES, x=x))):
+            self.losses.append((name, t))
+        picks = self.sometimes(30) and self._has_clear_maxima(x)
+        if picks and (name := self.try_value("o", self.line(MAXIMA, x=x, t=t))):
+            self.losses.append((name, t))
+            self.picks_classes = True
+
     def others(self) -> None:
         """Further uses of the logits, what is computed from losses, and what is returned."""
         if self.sometimes(10) and (name := self.try_value("l", self.line(CHECKPOINTS))):
@@ -224,6 +246,7 @@ class Builder:
             loss, t = self.latest(self.losses)
             if name := self.try_value("l", self.line(AFTER, l=loss, t=t)):
                 self.losses.append((name, t))
+        self.readers()
         x, t = self.latest(self.logits)
         if self.sometimes(6) and (name := self.try_value("o", self.line(OTHERS, x=x, t=t))):
             self.losses.append((name, t))
@@ -268,4 +291,4 @@ def programs(draw: Callable, most_steps: int = 4) -> Program:
     lines = new.lines
     if inner_autocast:
         lines = ["with torch.autocast('cpu', torch.bfloat16):", *(f"    {line}" for line in lines)]
-    return Program(given, tuple(lines), not no_grad, autocast, dynamic=new.sometimes(25))
+    return Program(given, tuple(lines), not no_grad, autocast, dynamic=new.sometimes(25) and not new.picks_classes)
