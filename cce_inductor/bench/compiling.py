@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -111,15 +112,12 @@ def _timed(step: Callable[[], None]) -> Row:
         return report
 
     reports: list = []
-    backend.rewrite_module = rewrite_module
-    try:
+    with mock.patch.object(backend, "rewrite_module", rewrite_module):
         begin = time.perf_counter()
         step()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds = time.perf_counter() - begin
-    finally:
-        backend.rewrite_module = original
     rewrites = sum(len(report.rewritten) for report in reports)
     return {"seconds": seconds, "pass_ms": 1000 * spent, "rewrites": rewrites}
 
