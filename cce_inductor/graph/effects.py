@@ -11,11 +11,23 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from .registry import tensor_of
+from .registry import operation, tensor_of
 
 _INPLACE_OPERATORS = {
     getattr(operator, name) for name in dir(operator) if name.startswith("i") and name not in ("is_", "is_not", "inv")
 } - {operator.index, operator.indexOf, operator.invert, operator.itemgetter, operator.is_}
+
+
+# Operations such as prepare targets and arrange logits, which may be moved or left out: no writes, no randomness.
+PURE = {
+    "add", "any", "arange", "bitwise_and", "bitwise_not", "bitwise_or", "bool", "cat", "chunk", "clamp",
+    "clamp_max", "clamp_min", "clone", "contiguous", "cumsum", "detach", "eq", "expand", "flatten", "flip", "float",
+    "floordiv", "full", "full_like", "gather", "ge", "getitem", "gt", "index_select", "int", "invert", "le",
+    "logical_and", "logical_not", "logical_or", "long", "lt", "masked_fill", "movedim", "mul", "narrow", "ne", "neg",
+    "new_full", "new_ones", "new_zeros", "ones", "ones_like", "pad", "permute", "remainder", "repeat", "reshape",
+    "roll", "select", "shape", "size", "split", "squeeze", "stack", "sub", "sum", "t", "to", "transpose", "tril",
+    "triu", "type_as", "unbind", "unflatten", "unsqueeze", "view", "where", "xor", "zeros", "zeros_like",
+}  # fmt: skip
 
 
 def written(node: Node) -> list[Node]:
@@ -71,6 +83,15 @@ def first_write(nodes: Iterable[Node], tensors: Iterable[Node]) -> Node | None:
         if any(_storage(tensor) in storages for tensor in written(node) if tensor_of(tensor) is not None):
             return node
     return None
+
+
+def dead_nodes(graph: Graph) -> set[Node]:
+    """Nodes whose values nothing needs: Dynamo keeps what a program computes and then drops."""
+    dead: set[Node] = set()
+    for node in reversed(graph.nodes):
+        if dead.issuperset(node.users) and operation(node) in PURE and not written(node):
+            dead.add(node)
+    return dead
 
 
 def never_written_after(node: Node, tensor: Node) -> bool:

@@ -16,15 +16,14 @@ from ..compat import constant_size
 from ..ops.library import vocab_reductions
 from ..ops.problem import Reductions
 from ..report import log
-from .effects import first_write, grad_modes, shares_memory, written
+from .effects import PURE, first_write, grad_modes, shares_memory, written
 from .emitter import Emitter
 from .registry import operation, out_of_place, tensor_of
-from .sweeps import MOVABLE
 
 HIDDEN, WEIGHT, TARGET = 0, 1, 3  # places among the operator's arguments
 RESULTS = len(Reductions._fields) - 1  # an approximate backward keeps the last one to itself
 # Arithmetic on losses, beside what prepares targets.
-_SINKABLE = MOVABLE | {
+_SINKABLE = PURE | {
     "abs", "clone", "div", "exp", "expm1", "log", "log1p", "maximum", "mean", "min", "minimum", "pow", "relu",
     "sigmoid", "sqrt", "square",
 }  # fmt: skip

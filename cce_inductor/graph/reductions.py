@@ -171,7 +171,7 @@ def pick(call: Call, input: DeferredLogits, index: Node, from_end: bool = False)
         picked = log_probability if input.normalized else results.picked.clone()
         return picked.view_as(results.proxy(index))
 
-    return Reduction(call.node, input, build, index, from_end=from_end)
+    return Reduction(call.node, input, build, index, is_loss=input.normalized, from_end=from_end)
 
 
 def _gather_arguments(node: Node, *args: Any, **kwargs: Any) -> tuple[int, Node]:

@@ -15,7 +15,7 @@ from ..compat import graph_break, size_hint, statically_equal
 from ..options import Options
 from ..report import Refusal
 from . import maps, masks, matmuls, rows, stacks, words  # noqa: F401 (they register their rules)
-from .effects import grad_modes, shares_memory, written
+from .effects import dead_nodes, grad_modes, shares_memory, written
 from .logits import DeferredLogits, Refused
 from .reductions import Reduction
 from .registry import apply, operation, tensor_of
@@ -62,18 +62,18 @@ class Site:
 def find_sites(graph: Graph) -> list[Site]:
     """All matmuls of a graph as sites, most of them without any reduction."""
     position = {node: i for i, node in enumerate(graph.nodes)}
-    modes = grad_modes(graph)
+    modes, dead = grad_modes(graph), dead_nodes(graph)
     sites: list[Site] = []
     others: dict[Node, Any] = {}
     for node in graph.nodes:
         logits = matmuls.start(node, modes)
         if logits is not None:
-            sites.append(_follow(logits, position, others))
+            sites.append(_follow(logits, position, others, dead))
     return sites
 
 
-def _follow(logits: DeferredLogits, position: dict[Node, int], others: dict[Node, Any]) -> Site:
-    """others: the deferred values of the sites before, to which this one's are added."""
+def _follow(logits: DeferredLogits, position: dict[Node, int], others: dict[Node, Any], dead: set[Node]) -> Site:
+    """others: the deferred values of the sites before, to which this one's are added. dead: go with the logits."""
     site = Site(logits)
     values: dict[Node, Any] = {logits.matmul: logits}
     queue = [position[logits.matmul]]
@@ -85,7 +85,7 @@ def _follow(logits: DeferredLogits, position: dict[Node, int], others: dict[Node
             _note_returned(site, node, values)
             continue
         site.chain.append(node)
-        if node is not logits.matmul:
+        if node is not logits.matmul and node not in dead:
             try:
                 values[node] = value = apply(node, values, others)
                 _overwrite(node, value, values)

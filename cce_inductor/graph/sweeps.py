@@ -6,22 +6,11 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .effects import first_write, grad_modes, never_written_after
+from .effects import PURE, first_write, grad_modes, never_written_after
 from .logits import DeferredLogits, Refused
 from .reductions import Reduction
 from .registry import operation, tensor_of
 from .sites import Site
-
-# Operations that prepare targets and may be moved before a reduction: no writes, no randomness.
-MOVABLE = {
-    "add", "any", "arange", "bitwise_and", "bitwise_not", "bitwise_or", "bool", "cat", "chunk", "clamp",
-    "clamp_max", "clamp_min", "clone", "contiguous", "cumsum", "detach", "eq", "expand", "flatten", "flip", "float",
-    "floordiv", "full", "full_like", "gather", "ge", "getitem", "gt", "index_select", "int", "invert", "le",
-    "logical_and", "logical_not", "logical_or", "long", "lt", "masked_fill", "movedim", "mul", "narrow", "ne", "neg",
-    "new_full", "new_ones", "new_zeros", "ones", "ones_like", "pad", "permute", "remainder", "repeat", "reshape",
-    "roll", "select", "shape", "size", "split", "squeeze", "stack", "sub", "sum", "t", "to", "transpose", "tril",
-    "triu", "type_as", "unbind", "unflatten", "unsqueeze", "view", "where", "xor", "zeros", "zeros_like",
-}  # fmt: skip
 
 
 @dataclass
@@ -123,7 +112,7 @@ def _make_available(reduction: Reduction, sweep: Sweep) -> bool:
     nodes = list(anchor.graph.nodes)
     between = nodes[nodes.index(anchor) : nodes.index(late[-1])]
     reads = {source for node in late for source in (node, *node.all_input_nodes)}
-    if any(operation(node) not in MOVABLE for node in late) or first_write(between, reads) is not None:
+    if any(operation(node) not in PURE for node in late) or first_write(between, reads) is not None:
         return False
     for node in late:
         anchor.prepend(node)

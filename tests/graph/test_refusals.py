@@ -135,6 +135,36 @@ def test_logits_that_something_else_reads_too(name, reader):
     assert_like_eager(ours, program, args())
 
 
+DROPPED = {
+    "reshape": lambda x: x.reshape(-1),
+    "chain": lambda x: x.float().flatten().unsqueeze(0)[:, 1:],
+    "stack": lambda x: torch.stack([x, x * 2]).view(-1, V),
+}
+
+
+@pytest.mark.parametrize("function", DROPPED.values(), ids=DROPPED)
+def test_what_a_program_computes_and_drops_is_in_nobodys_way(function):
+    """Models that return their logits in another shape, compiled in a function that returns the loss alone."""
+
+    def program(h, w, t):
+        x = F.linear(h, w)
+        loss = F.cross_entropy(x.view(-1, V), t.view(-1))
+        function(x)
+        return loss
+
+    check(program, *args())
+
+
+def test_random_numbers_that_are_dropped_are_drawn():
+    def program(h, w, t):
+        x = F.linear(h, w)
+        loss = F.cross_entropy(x.view(-1, V), t.view(-1))
+        F.dropout(x, 0.5)  # <-
+        return loss
+
+    check_refused(program, *args(), operation="dropout", reason="`dropout` of the logits is not understood")
+
+
 def test_the_line_of_the_operation_in_the_way():
     def program(h, w, t):
         x = F.linear(h, w)

@@ -28,7 +28,7 @@ from cce_inductor.graph.returned import LazyResults
 from cce_inductor.graph.sites import TOGETHER
 
 EVERYTHING = {"min_vocab": 0, "min_logits_bytes": 0}
-TIMEOUT = 120  # seconds, to build a model or to compare it
+TIMEOUT = 240  # seconds, to build a model or to compare it
 MEMORY = 8 << 30
 
 

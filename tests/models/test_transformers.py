@@ -31,13 +31,21 @@ ARCHITECTURES = {
     "masked": {
         "linear, view, cross_entropy": (
             "bert", "roberta", "distilbert", "albert", "electra", "mpnet", "camembert", "xlm-roberta", "modernbert",
+            "deberta-v2", "roformer",
         ),
+        "a weight that is computed, a bias added in place": ("mobilebert",),
     },
     "seq2seq": {
-        "linear, view, cross_entropy": ("t5", "mt5", "blenderbot"),
+        "linear, view, cross_entropy": ("t5", "mt5", "blenderbot", "longt5", "switch_transformers", "plbart"),
         "with a bias buffer": ("bart", "marian", "pegasus", "mbart", "m2m_100"),
     },
-    "image-text": {"of text alone": ("llava", "gemma3")},
+    "image-text": {
+        "of text alone": (
+            "llava", "gemma3", "aya_vision", "idefics3", "internvl", "mistral3", "mllama", "qwen3_vl", "smolvlm",
+        ),
+        "with an image": ("blip", "kosmos-2", "vision-encoder-decoder"),
+        "classes masked in place": ("chameleon",),
+    },
 }  # fmt: skip
 CASES = [(kind, name) for kind, forms in ARCHITECTURES.items() for names in forms.values() for name in names]
 
