@@ -1,6 +1,7 @@
 """The examples run as a user runs them, at a size that takes seconds."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -59,3 +60,32 @@ def test_compile_loss_with_model_shows_the_report_before_and_after():
     assert "head [V=8192, D=64] -> mean cross-entropy, ignore_index -100" in both
     ours, eager = both.rsplit("loss ", 1)[1].split(", eager ")
     assert float(ours) == pytest.approx(float(eager), abs=1e-4)
+
+
+def test_hf_trainer_step_measures_a_method_in_a_process_of_its_own(tmp_path):
+    for library in ("transformers", "accelerate"):
+        pytest.importorskip(library, reason=f"needs {library}: pip install cce_inductor[models]")
+    figures = tmp_path / "figures.json"
+    options = ["--size=tiny", "--steps=2", "--methods=cce", f"--json={figures}"]
+    command = [sys.executable, str(EXAMPLES / "hf_trainer_step.py"), *options]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    [row] = json.loads(figures.read_text())["results"]
+    assert row["rewrites"] == 1
+    assert row["refusals"] == []
+    assert row["loss"] == pytest.approx(math.log(4160), rel=0.01)  # of an untrained model
+    assert row["tokens_per_s"] == pytest.approx(1000 * 8 * 128 / row["step_ms"])
+    header, line = run.stdout.splitlines()[-2:]
+    assert header.split()[:2] == ["method", "step_ms"]
+    assert line.split()[0] == "cce"
+
+
+def test_hf_trainer_step_says_why_a_method_has_no_figures(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import hf_trainer_step
+
+    monkeypatch.setattr(sys, "argv", ["hf_trainer_step.py", "--size=huge"])
+    rows = [{"method": "cce"} | hf_trainer_step.run("cce", limit) for limit in (60, 0.01)]
+    wrong, late = hf_trainer_step.table(rows).splitlines()[1:]
+    assert wrong.startswith("cce failed: hf_trainer_step.py: error: argument --size: invalid choice: 'huge'")
+    assert late == "cce failed: took longer than 0 s"

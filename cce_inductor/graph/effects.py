@@ -3,6 +3,7 @@
 Dynamo's graphs are not functional yet, so moving a computation past a write, or into another region, can change it.
 """
 
+import functools
 import inspect
 import operator
 from collections.abc import Iterable, Iterator
@@ -68,12 +69,22 @@ def _is_mutable(op: torch._ops.OpOverload | torch._ops.OpOverloadPacket) -> bool
 
 def _inplace_argument(node: Node) -> bool:
     """Whether a call such as relu(x, inplace=True) says that it works in place."""
-    target: Any = node.target
-    try:
-        arguments = inspect.signature(target).bind(*node.args, **node.kwargs).arguments
-    except (TypeError, ValueError):
+    signature = _signature(node.target)
+    if signature is None or "inplace" not in signature.parameters:
         return bool(node.kwargs.get("inplace", False))
-    return arguments.get("inplace", False) is True
+    try:
+        return signature.bind(*node.args, **node.kwargs).arguments.get("inplace", False) is True
+    except TypeError:
+        return bool(node.kwargs.get("inplace", False))
+
+
+@functools.lru_cache(maxsize=4096)
+def _signature(target: Any) -> inspect.Signature | None:
+    """Kept, because Python reads those of built-in functions from their text, which takes a millisecond."""
+    try:
+        return inspect.signature(target)
+    except (TypeError, ValueError):
+        return None
 
 
 def first_write(nodes: Iterable[Node], tensors: Iterable[Node]) -> Node | None:

@@ -18,7 +18,7 @@ from ..report import Rewrite
 from . import in_forward, words
 from .effects import first_write, written
 from .emitter import Emitter
-from .logits import Refused
+from .logits import DeferredLogits, Refused, Replay, Step
 from .reductions import Results
 from .registry import operation, tensor_of
 from .returned import LazyResult, return_operands
@@ -157,9 +157,11 @@ def _emit(sweep: Sweep, site: Site, emitter: Emitter, options: Options, once: bo
         node = reduction.node
         reads = [n for n in node.all_input_nodes if n not in site.chain and tensor_of(n) is not None]
         _require_unwritten(reads, anchor, node)
+        if sweep.part(reduction):
+            _require_unwritten(reduction.logits.operands(), site.logits.matmul, node)
         with emitter.at(node, sweep.grad_enabled):
             results = Results(
-                **given,
+                given=functools.partial(_given, given, logits, sweep.part(reduction), emitter),
                 target=None if flat_target is None else emitter.proxy(flat_target),
                 rows=functools.partial(emitter.rows, reduction.logits.hidden),
                 proxy=emitter.proxy,
@@ -169,6 +171,17 @@ def _emit(sweep: Sweep, site: Site, emitter: Emitter, options: Options, once: bo
                 value = emitter.call(torch.detach, value)
             pairs.append((node, value))
     return pairs
+
+
+def _given(
+    given: dict[str, Proxy], logits: DeferredLogits, part: tuple[Step, ...], emitter: Emitter, name: str
+) -> Proxy:
+    """A result of the operator, or of it the rows that a reduction is about."""
+    if not part:
+        return given[name]
+    whole = given[name].view_as(emitter.rows(logits.hidden.flat())).unsqueeze(-1)
+    steps = tuple(step.in_one_column() for step in part)
+    return emitter.proxy(Replay(whole.node, steps).emit(emitter.call)).flatten()
 
 
 def _in_dtype_of(node: Node, value: Proxy) -> Node:

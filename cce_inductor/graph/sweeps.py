@@ -7,7 +7,7 @@ import torch
 from torch.fx import Node
 
 from .effects import PURE, first_write, grad_modes, never_written_after
-from .logits import DeferredLogits, Refused
+from .logits import DeferredLogits, Refused, Step
 from .reductions import Reduction
 from .registry import operation, tensor_of
 from .sites import Site
@@ -15,7 +15,10 @@ from .sites import Site
 
 @dataclass
 class Sweep:
-    """Reductions that one operator call serves: the same logits, at most one target and one total over the classes."""
+    """Reductions that one operator call serves: at most one target and one total over the classes.
+
+    The logits are the same, those of the first one; of reductions without a target they may be a part of the rows.
+    """
 
     reductions: list[Reduction]
     grad_enabled: bool
@@ -59,13 +62,26 @@ class Sweep:
         same_total = not (self.want_total and other.want_total) or self.find("total_weight") is other.total_weight
         if not (same_target and same_total):
             return False
+        theirs = other.logits
         if not tensor_of(other.node).requires_grad:  # what has no gradient can be taken from what has one
-            return _operator_key(_attached(mine)) == _operator_key(_attached(other.logits))
-        return self.grad_enabled == grad_enabled and _operator_key(mine) == _operator_key(other.logits)
+            mine, theirs = _attached(mine), _attached(theirs)
+        elif self.grad_enabled != grad_enabled:
+            return False
+        if _but_for_rows(mine) != _but_for_rows(theirs):
+            return False
+        if mine.hidden.flat() == theirs.hidden.flat():
+            return True
+        steps = theirs.hidden.beyond(mine.hidden.flat())
+        return other.target is None and steps is not None and all(step.args is not None for step in steps)
+
+    def part(self, other: Reduction) -> tuple[Step, ...]:
+        """The calls that take the rows of a reduction that it admits from its own; none where they are the same."""
+        mine, theirs = (_attached(logits).hidden for logits in (self.reductions[0].logits, other.logits))
+        return () if mine.flat() == theirs.flat() else theirs.beyond(mine.flat()) or ()
 
 
-def _operator_key(logits: DeferredLogits) -> tuple:
-    return logits.hidden.flat(), logits.weight, logits.biases, logits.logit_map
+def _but_for_rows(logits: DeferredLogits) -> tuple:
+    return logits.weight, logits.biases, logits.logit_map
 
 
 def _attached(logits: DeferredLogits) -> DeferredLogits:

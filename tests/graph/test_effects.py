@@ -1,5 +1,8 @@
 """What the order of a graph matters for: writes in place, regions without gradients, and torch.func transforms."""
 
+import inspect
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +20,8 @@ from helpers import (
     run_compiled,
     weight,
 )
+
+from cce_inductor.graph import effects
 
 
 def args(requires_grad=True):
@@ -301,3 +306,23 @@ def test_copies_of_labels_from_before_and_after_a_write_are_two_targets():
 
     ours = check(program, hidden(), weight(), labels())
     assert ours.operator_calls[0].args[0].meta["example_value"].shape[0] == 2 * B * (S - 1)
+
+
+def test_the_signature_of_a_function_is_read_once(monkeypatch):
+    """Python takes a millisecond for that of a built-in function, and the pass asks about each node many times."""
+    reads = []
+
+    def signature(target):
+        reads.append(target)
+        return inspect.signature(target)
+
+    monkeypatch.setattr(effects, "inspect", types.SimpleNamespace(signature=signature))
+    effects._signature.cache_clear()
+
+    def program(h, w, t):
+        chunks = zip(F.linear(h, w).view(-1, V).split(2), t.view(-1).split(2), strict=True)
+        return sum(F.cross_entropy(x, y, reduction="sum") for x, y in chunks)
+
+    check(program, hidden(), weight(), labels())
+    assert reads
+    assert len(reads) == len(set(reads))
