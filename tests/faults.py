@@ -354,7 +354,7 @@ FAULTS = [
     Fault(
         "forward: waits for the GPU",
         "ops/cuda.py",
-        "        torch._assert_async(good, BAD_TARGET)\n",
+        "        compat.assert_on_device(good, BAD_TARGET)\n",
         "        assert good.item(), BAD_TARGET\n",
         "tests/ops/test_gpu.py -k waits",
         gpu=True,
