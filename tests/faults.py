@@ -47,7 +47,13 @@ FAULTS = [
         "local = targets - first_column - 1",
         TRITON,
     ),
-    Fault("ignore_index is ignored", "kernels/tile.py", "inside = inside & (targets != ignore_index)", "pass", TRITON),
+    Fault(
+        "ignore_index is ignored",
+        "kernels/tile.py",
+        "inside = inside & (targets != ignore_index)",
+        "pass",
+        "tests/ops/test_implementations.py -k ignored_one",
+    ),
     Fault(
         "strides swapped",
         "kernels/tile.py",
@@ -90,21 +96,21 @@ FAULTS = [
         "kernels/active.py",
         "selected = selected | (picks",
         "selected | (picks",
-        SPARSE,
+        "tests/ops/test_sparse.py -k never_its_target",
     ),
     Fault(
         "sparse: twice the budget",
         "kernels/active.py",
         "fits = skipped <= budget",
         "fits = skipped <= 2 * budget",
-        SPARSE,
+        "tests/ops/test_sparse.py -k light_tiles",
     ),
     Fault(
         "sparse: skipped mass is spread evenly",
         "kernels/share.py",
         "spread = tl.where(tile_mass > 0.0, force / tile_mass, 0.0)",
         "spread = tl.where(tile_mass > 0.0, 1.0 / BLOCK_V, 0.0) + 0.0 * force",
-        SPARSE,
+        "tests/ops/test_sparse.py -k put_back",
     ),
     # blocks through ATen
     Fault(
