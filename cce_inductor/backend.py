@@ -62,7 +62,7 @@ def _compiled(inductor: Callable, gm: GraphModule, example_inputs: list[Any], op
 
 def _is_ours(backend: Any) -> bool:
     """Whether the programs that a backend compiles come to the pass."""
-    return isinstance(torch._inductor.config.pre_grad_custom_pass, _PreGradPass) or (
+    return isinstance(compat.inductor_config.pre_grad_custom_pass, _PreGradPass) or (
         getattr(backend, "__module__", None) == __name__  # also that of explain()
     )
 
@@ -146,7 +146,7 @@ def enable(**options: Any) -> contextlib.AbstractContextManager:
     if inductors or ours.mode is not None:
         wrong = ", ".join([*inductors, *(["mode"] if ours.mode is not None else [])])
         raise ValueError(f"enable() takes the options of cce_inductor only; give {wrong} to torch.compile")
-    config = torch._inductor.config
+    config: Any = compat.inductor_config
     ours_there = _PreGradPass(ours, config.pre_grad_custom_pass)
     _outer.append((config.pre_grad_custom_pass, compat.around_inductor(ours_there.before)))
     config.pre_grad_custom_pass = ours_there
@@ -156,7 +156,7 @@ def enable(**options: Any) -> contextlib.AbstractContextManager:
 def disable() -> None:
     """Undoes the last `enable()`; nothing happens where there is none."""
     if _outer:
-        torch._inductor.config.pre_grad_custom_pass, undo = _outer.pop()
+        compat.inductor_config.pre_grad_custom_pass, undo = _outer.pop()
         undo()
 
 
@@ -177,11 +177,11 @@ def explain(function: Callable, options: dict[str, Any] | None = None) -> Callab
             total.add_graph(rewrite_module(gm, ours, lazy))
             return lazy.around(gm.forward)
 
-        torch._dynamo.reset()
+        torch.compiler.reset()
         try:
             torch.compile(function, backend=backend)(*args, **kwargs)
         finally:
-            torch._dynamo.reset()
+            torch.compiler.reset()
         return total
 
     return explained

@@ -1,4 +1,8 @@
-"""Everything private to PyTorch that the package touches, in one place. Checked against torch 2.11 and 2.13."""
+"""Everything private to PyTorch that the package touches, in one place. Checked against torch 2.11 and 2.13.
+
+A test holds the other files to names without an underscore. Of those with one it allows what the documentation of
+PyTorch names too: `torch._check`, `torch._check_value`, `torch._dynamo.mark_dynamic`.
+"""
 
 import functools
 import logging
@@ -7,19 +11,27 @@ from typing import Any
 
 import torch
 from torch._guards import TracingContext
+from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._logging import getArtifactLogger
 from torch._logging._internal import register_artifact
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._pytree import tree_map_only
 
 __all__ = [
     "CustomGraphPass",
     "FakeTensor",
     "FakeTensorMode",
+    "HigherOrderOperator",
+    "OpOverload",
+    "OpOverloadPacket",
     "around_inductor",
     "artifact_logger",
+    "assert_on_device",
+    "below_torch_function",
     "cache_dir",
     "constant_size",
     "cpp_compiler",
@@ -30,14 +42,34 @@ __all__ = [
     "graph_break",
     "ignore_warning_once",
     "inductor_backend",
+    "inductor_config",
     "inductor_option_names",
+    "is_mutable",
     "is_tracing",
+    "nn_functions",
     "size_hint",
     "source_name",
     "statically_equal",
     "throw_on_data_ptr",
+    "tree_map_only",
     "unset_fake_temporarily",
 ]
+
+
+nn_functions = torch._C._nn  # where some of torch.nn.functional's functions are defined, and found in graphs
+
+# As a class attribute __torch_function__: torch's functions take the instances for plain tensors.
+below_torch_function: Any = torch._C._disabled_torch_function_impl
+
+
+def is_mutable(op: OpOverload) -> bool:
+    """Whether an operator writes to one of its arguments."""
+    return op._schema.is_mutable
+
+
+def assert_on_device(condition: torch.Tensor, message: str) -> None:
+    """Asserts that one bool is true on its device: nothing waits for it; the program ends later where it is false."""
+    torch._assert_async(condition, message)
 
 
 def cache_dir() -> str:
@@ -83,9 +115,7 @@ def around_inductor(hook: Callable[[Callable, Any, Any], Callable]) -> Callable[
 
 def inductor_option_names() -> frozenset[str]:
     """The names that Inductor accepts in `options=`."""
-    from torch._inductor import config
-
-    return frozenset(config.get_config_copy())
+    return frozenset(inductor_config.get_config_copy())
 
 
 def artifact_logger(name: str, description: str) -> logging.Logger:

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
-from .compat import is_tracing, throw_on_data_ptr, unset_fake_temporarily
+from .compat import below_torch_function, is_tracing, throw_on_data_ptr, tree_map_only, unset_fake_temporarily
 from .logit_map import LogitMap
 
 aten = torch.ops.aten
@@ -98,7 +97,7 @@ class LazyLogits(Tensor):
     _take: Callable[[Tensor], Tensor]  # the piece of a computed whole
     _value: Tensor | None
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = below_torch_function
 
     @staticmethod
     def __new__(cls, operands: dict[str, Tensor], formula: Formula, geometry: Tensor, device: Any) -> "LazyLogits":

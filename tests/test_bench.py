@@ -9,7 +9,7 @@ import torch
 
 import cce_inductor
 from cce_inductor.bench import __main__ as bench
-from cce_inductor.bench import describe, heads, measure, methods
+from cce_inductor.bench import compiling, describe, heads, measure, methods
 from cce_inductor.bench.data import make_data, mask_targets, read_head
 from cce_inductor.bench.measure import Reference
 from cce_inductor.bench.shapes import SHAPES, Shape, parse_shapes
@@ -132,6 +132,33 @@ def test_training_steps_are_measured(monkeypatch, tmp_path):
     assert row["rewrites"] == 1
     assert row["tokens_per_s"] == pytest.approx(1000 * 4 * 256 / row["step_ms"])
     assert row["largest_batch"] == 6
+
+
+def test_compile_times_are_measured_cold_and_warm(monkeypatch, tmp_path, capsys):
+    caches = []
+
+    def in_a_process(cache, name, device):
+        caches.append((cache, name))
+        return {
+            "seconds": 9.0 if caches.count((cache, name)) == 1 else 2.0,
+            "pass_ms": 5.0,
+            "rewrites": 1,
+            "model": "own",
+        }
+
+    monkeypatch.setattr(compiling, "_in_a_process", in_a_process)
+    monkeypatch.setattr(compiling, "MANY", 1)
+    theirs, ours, alone = run(monkeypatch, tmp_path, "--compile-time")["results"]
+    assert [row["method"] for row in (theirs, ours, alone)] == ["compile", "cce", "pass alone"]
+    assert (ours["cold_s"], ours["warm_s"]) == (9.0, 2.0)
+    assert (alone["layers"], alone["rewrites"]) == (1, 1)
+    assert 0 < alone["pass_ms"] < 1000 * alone["seconds"]
+    assert "cold 9.0 s   warm 2.0 s" in capsys.readouterr().out
+
+
+def test_a_compilation_that_fails_gives_its_reason(tmp_path):
+    with pytest.raises(RuntimeError, match="KeyError: 'no such method'"):
+        compiling._in_a_process(str(tmp_path), "no such method", "cpu")
 
 
 def test_the_largest_batch_is_found_to_within_an_eighth():

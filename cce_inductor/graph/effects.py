@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from ..compat import HigherOrderOperator, OpOverload, OpOverloadPacket, is_mutable
 from .registry import operation, tensor_of
 
 _INPLACE_OPERATORS = {
@@ -43,9 +44,9 @@ def written(node: Node) -> list[Node]:
         return [arg for arg in (out if isinstance(out, tuple | list) else (out,)) if isinstance(arg, Node)]
     if target is operator.setitem or target in _INPLACE_OPERATORS:
         return _first(node)
-    if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+    if isinstance(target, OpOverload | OpOverloadPacket):
         return node.all_input_nodes if _is_mutable(target) else []
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if isinstance(target, HigherOrderOperator):
         return node.all_input_nodes if "mutation" in target.name() else []
     name = getattr(target, "__name__", "")
     is_keyword = getattr(operator, name, None) is target  # operator.and_ and operator.or_ write nothing
@@ -62,9 +63,9 @@ def _first(node: Node) -> list[Node]:
     return [arg for arg in node.args[:1] if isinstance(arg, Node)]
 
 
-def _is_mutable(op: torch._ops.OpOverload | torch._ops.OpOverloadPacket) -> bool:
-    overloads = [op] if isinstance(op, torch._ops.OpOverload) else [getattr(op, name) for name in op.overloads()]
-    return any(overload._schema.is_mutable for overload in overloads)
+def _is_mutable(op: OpOverload | OpOverloadPacket) -> bool:
+    overloads = [op] if isinstance(op, OpOverload) else [getattr(op, name) for name in op.overloads()]
+    return any(map(is_mutable, overloads))
 
 
 def _inplace_argument(node: Node) -> bool:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
+from ..compat import nn_functions
 from .logits import Refused
 
 Rule = Callable[..., Any]
@@ -30,7 +31,7 @@ ALIASES = {
     "__getitem__": "getitem", "view_as": "view", "reshape_as": "view", "clip": "clamp",
     "absolute": "abs", "greater": "gt", "less": "lt", "and_": "bitwise_and", "or_": "bitwise_or",
 }  # fmt: skip
-NAMESPACES = (torch, F, torch._C._nn, torch.special, torch.functional, operator, torch.Tensor)
+NAMESPACES = (torch, F, nn_functions, torch.special, torch.functional, operator, torch.Tensor)
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,10 @@ def _triton(expr: sympy.Expr) -> str:
         return f"({' * '.join(args)})"
     if expr.is_Pow:
         return _power(args[0], expr.args[1])
-    return f"{type(expr).__name__}({', '.join(args)})"
+    name = type(expr).__name__
+    if name not in FUNCTIONS:
+        raise ValueError(f"{name} is no function of a logit map; there are {', '.join(FUNCTIONS)}")
+    return f"{name}({', '.join(args)})"
 
 
 def _power(base: str, exponent: sympy.Expr) -> str:

@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .. import compat
 from ..kernels import template
 from ..kernels.backward import gradient_kernel
 from ..kernels.config import tile_config
@@ -193,14 +194,14 @@ class _Rows:
             SOME_ROWS=some,
             ROWS=1024,
         )
-        torch._assert_async(good, BAD_TARGET)
+        compat.assert_on_device(good, BAD_TARGET)
         return cls(problem.hidden if row_of is None else problem.hidden[row_of], row_of, count)
 
 
 def assert_targets(problem: Problem) -> None:
     """The same assertion through ATen."""
     if problem.target is not None:
-        torch._assert_async(~cpu.bad_targets(problem).any(), BAD_TARGET)
+        compat.assert_on_device(~cpu.bad_targets(problem).any(), BAD_TARGET)
 
 
 def _picked(problem: Problem, lse: Tensor) -> Tensor:

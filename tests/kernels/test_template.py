@@ -1,19 +1,23 @@
 """Generated maps, their functions and the order of tiles, run by Triton: compiled where there is a GPU."""
 
+import ast
 import importlib.util
 import inspect
 import os
 import py_compile
+import re
 import stat
+from pathlib import Path
 
 import pytest
+import sympy
 import torch
 import triton
 import triton.language as tl
 
 from cce_inductor.kernels import template
 from cce_inductor.kernels.tile import tile_position
-from cce_inductor.logit_map import LogitMap
+from cce_inductor.logit_map import FUNCTIONS, LogitMap, Z
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MAPS = ("z", "0.5*z", "30.0*tanh(z/30.0)", "2.0*sigmoid(z) - 1.0", "exp(-z*z) + z", "1/(1 + z**2)", "z**3 - z", "3.0",
@@ -122,6 +126,46 @@ def test_nothing_that_lies_in_the_cache_directory_is_run(monkeypatch, tmp_path):
     path.write_text(evil)
     assert inspect.getsource(module.value.fn) in original
     template.load.cache_clear()
+
+
+def test_other_processes_see_the_whole_file_or_none(monkeypatch, tmp_path):
+    seen, replace = [], os.replace
+
+    def look_and_replace(source, target):
+        seen.append((Path(target).exists(), Path(source).read_text(), stat.S_IMODE(Path(source).stat().st_mode)))
+        replace(source, target)
+
+    monkeypatch.setattr(template, "cache_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(os, "replace", look_and_replace)
+    template.load.cache_clear()
+    template.load(LogitMap.parse("7.0*tanh(z/7.0)"))
+    [path] = (tmp_path / "cce_inductor").iterdir()
+    assert seen == [(False, path.read_text(), 0o600)]
+    template.load.cache_clear()
+
+
+@pytest.mark.parametrize("function", [sympy.sin, sympy.Function("__import__"), sympy.Function("evil")], ids=str)
+def test_only_functions_of_the_map_language_are_generated(function):
+    with pytest.raises(ValueError, match="no function of a logit map"):
+        template.load(LogitMap(function(Z)))
+
+
+def test_code_is_generated_from_numbers_and_z_alone():
+    """No string of a user gets into it: whatever a map is made of comes through the parser of its language."""
+    known = re.compile(r"z|t\d+|triton|tl|float|" + "|".join(FUNCTIONS))
+    for text in MAPS:
+        tree = ast.parse(template._source(LogitMap.parse(text)))
+        assert all(known.fullmatch(node.id) for node in ast.walk(tree) if isinstance(node, ast.Name))
+
+
+def test_nothing_is_unpickled():
+    package = Path(template.__file__).parents[1]
+    for path in package.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert not imported & {"pickle", "marshal", "shelve", "dill"}, path
+        assert "torch.load(" not in path.read_text(), path
 
 
 def test_a_power_that_is_no_product_is_not_generated():

@@ -86,6 +86,15 @@ def test_float64_agrees_with_the_specification_to_rounding(implementation, logit
     cases.assert_no_worse_than_eager(case, cases.ours(case, implementation, workspace_bytes=2048))
 
 
+@pytest.mark.parametrize("ignore_index", [0, 7, 33])
+def test_a_class_may_be_the_ignored_one(implementation, ignore_index):
+    """Its rows have neither a target's logit nor a gradient of one, in whichever block the class lies."""
+    case = cases.Case(19, 50, 12, ignore_index=ignore_index)
+    assert (case.targets == ignore_index).sum() > 3
+    results = cases.ours(case, implementation, workspace_bytes=1024)
+    cases.assert_no_worse_than_eager(case, results, interpreted=implementation is cuda)
+
+
 @settings(max_examples=10)
 @given(case=problems())
 def test_gradients_are_the_same_bits_every_run(implementation, case):

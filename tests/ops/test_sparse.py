@@ -118,6 +118,20 @@ def test_what_a_row_skips_stays_within_the_budget_and_never_its_target(mass):
     assert not active[:, ~counts].any()
 
 
+@pytest.mark.parametrize("mass", [2**-4, 2**-2])
+def test_many_light_tiles_are_skipped_to_within_the_budget(mass):
+    """Each of them is light enough, and all of them together are too heavy."""
+    light, rows = 600, 8
+    case = make(rows, (light + 1) * TILE_WIDTH, 1)
+    shares = torch.rand(light, rows, generator=torch.Generator().manual_seed(0)) * mass / 128
+    shares = torch.cat([shares, 1 - shares.sum(0, keepdim=True)])
+    gradients = torch.ones(rows), torch.zeros(rows)
+    active = all_active(case.problem(approximate_mass=mass), torch.zeros(rows), shares.log(), gradients)
+    skipped = torch.where(active, 0.0, shares).sum(0)
+    assert (skipped <= mass * (1 + 1e-5)).all()
+    assert (skipped > 0.9 * mass).all()
+
+
 def test_the_error_shrinks_with_the_budget():
     case = make(64, 600, 24)
     case.hidden = case.hidden[:4].repeat_interleave(16, 0) / 3  # rows that agree on what to skip, and much to skip

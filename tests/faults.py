@@ -1,0 +1,376 @@
+"""Single faults for `mutations.py` to plant, each with the tests that should catch it."""
+
+from dataclasses import dataclass
+
+TRITON = "tests/ops/test_implementations.py -k triton"
+ATEN = "tests/ops/test_implementations.py -k aten"
+SPARSE = "tests/ops/test_sparse.py"
+LOSSES = "tests/ops/test_losses.py"
+SCALED = "tests/ops/test_scaled_loss.py"
+MAPS = "tests/test_logit_map.py"
+GRAPH = "tests/graph/test_"
+
+
+@dataclass(frozen=True)
+class Fault:
+    name: str
+    file: str  # in the package
+    old: str
+    new: str
+    tests: str  # arguments for pytest: the few that should catch it
+    gpu: bool = False  # whether only a GPU shows it
+
+
+FAULTS = [
+    # kernels
+    Fault(
+        "forward: no mask of columns", "kernels/forward.py", "if column + BLOCK_V > num_columns:", "if False:", TRITON
+    ),
+    Fault(
+        "forward: the last rows are skipped",
+        "kernels/forward.py",
+        "tl.cdiv(rows_here, BLOCK_N)",
+        "rows_here // BLOCK_N",
+        TRITON,
+    ),
+    Fault(
+        "forward: the total has no class weight",
+        "kernels/forward.py",
+        "weighted = x * scale[None, :]",
+        "weighted = x",
+        TRITON,
+    ),
+    Fault(
+        "target in the next tile",
+        "kernels/tile.py",
+        "local = targets - first_column",
+        "local = targets - first_column - 1",
+        TRITON,
+    ),
+    Fault(
+        "ignore_index is ignored",
+        "kernels/tile.py",
+        "inside = inside & (targets != ignore_index)",
+        "pass",
+        "tests/ops/test_implementations.py -k ignored_one",
+    ),
+    Fault(
+        "strides swapped",
+        "kernels/tile.py",
+        ".to(tl.int64) * stride_row + depths[None, :].to(tl.int64) * stride_depth",
+        ".to(tl.int64) * stride_depth + depths[None, :].to(tl.int64) * stride_row",
+        TRITON,
+    ),
+    Fault("no mask of the width", "kernels/tile.py", "& (depths[None, :] < num_depth)", "", TRITON),
+    Fault(
+        "backward: no bias",
+        "kernels/backward.py",
+        "stride_wv, stride_wd, HAS_BIAS,",
+        "stride_wv, stride_wd, False,",
+        TRITON,
+    ),
+    Fault("backward: no slope", "kernels/backward.py", "gradient = dx * slope", "gradient = dx", TRITON),
+    Fault(
+        "backward: no gradient of the total",
+        "kernels/backward.py",
+        "dx += total_grad",
+        "dx += 0.0 * total_grad",
+        TRITON,
+    ),
+    Fault(
+        "backward: rows outside count for the bias",
+        "kernels/backward.py",
+        "tl.where(row_mask[:, None], gradient, 0.0)",
+        "gradient",
+        TRITON,
+    ),
+    Fault(
+        "picked: above the log-sum-exp",
+        "kernels/picked.py",
+        "tl.minimum(VALUE(z), tl.load(lse + row))",
+        "VALUE(z)",
+        TRITON,
+    ),
+    Fault(
+        "sparse: the target's tile is skipped",
+        "kernels/active.py",
+        "selected = selected | (picks",
+        "selected | (picks",
+        "tests/ops/test_sparse.py -k never_its_target",
+    ),
+    Fault(
+        "sparse: twice the budget",
+        "kernels/active.py",
+        "fits = skipped <= budget",
+        "fits = skipped <= 2 * budget",
+        "tests/ops/test_sparse.py -k light_tiles",
+    ),
+    Fault(
+        "sparse: skipped mass is spread evenly",
+        "kernels/share.py",
+        "spread = tl.where(tile_mass > 0.0, force / tile_mass, 0.0)",
+        "spread = tl.where(tile_mass > 0.0, 1.0 / BLOCK_V, 0.0) + 0.0 * force",
+        "tests/ops/test_sparse.py -k put_back",
+    ),
+    # blocks through ATen
+    Fault(
+        "blocks: sums forget the blocks before",
+        "ops/blocks.py",
+        "hidden[rows], first=rows.start == 0",
+        "hidden[rows], first=True",
+        ATEN,
+    ),
+    Fault(
+        "blocks: hidden's sums forget the slices before",
+        "ops/blocks.py",
+        "padded, first=columns.start == 0",
+        "padded, first=True",
+        ATEN,
+    ),
+    Fault(
+        "blocks: sums in 16 bits",
+        "ops/blocks.py",
+        "hidden.new_empty(weight.shape, dtype=sums)",
+        "hidden.new_empty(weight.shape)",
+        "tests/known_bugs/test_others.py -k precision",
+    ),
+    Fault(
+        "ATen: ignore_index is ignored",
+        "ops/cpu.py",
+        "        inside &= index != ignore_index\n",
+        "        pass\n",
+        ATEN,
+    ),
+    Fault(
+        "ATen: rounding of the log-sum-exp is lost",
+        "ops/cpu.py",
+        "log_sum - (lse - peak), 0.0",
+        "0.0 * log_sum, 0.0",
+        "tests/test_api.py -k digits",
+    ),
+    Fault(
+        "in the forward: the sign of the picked gradient",
+        "ops/in_forward.py",
+        "RowGradients(grad_lse, -coefficient,",
+        "RowGradients(grad_lse, coefficient,",
+        SCALED,
+    ),
+    # losses and maps
+    Fault(
+        "loss: mean over rows with class weights",
+        "ops/losses.py",
+        "(valid.sum() if row_weight is None else row_weight.sum())",
+        "valid.sum()",
+        LOSSES,
+    ),
+    Fault(
+        "loss: smoothing forgets class weights",
+        "ops/losses.py",
+        "smooth = weight_sum * lse",
+        "smooth = num_classes * lse",
+        LOSSES,
+    ),
+    Fault("loss: ignored rows count", "ops/losses.py", "losses = torch.where(valid, losses, 0.0)", "pass", LOSSES),
+    Fault("map: derivative of sigmoid", "logit_map.py", "value * (1 - value)", "value * (1 + value)", MAPS),
+    Fault(
+        "map: derivative of the other branch",
+        "logit_map.py",
+        "a.diff(symbol), b.diff(symbol)",
+        "b.diff(symbol), a.diff(symbol)",
+        MAPS,
+    ),
+    # rules
+    Fault(
+        "rule: x - b adds b",
+        "graph/maps.py",
+        "_added(call, a, b, -alpha)",
+        "_added(call, a, b, alpha)",
+        GRAPH + "maps.py",
+    ),
+    Fault(
+        "rule: a bias after a scale is not divided",
+        "graph/logits.py",
+        "bias if slope == 1 else bias.then(torch.div, slope)",
+        "bias",
+        GRAPH + "maps.py",
+    ),
+    Fault(
+        "rule: the wrong slice of the classes",
+        "graph/logits.py",
+        "weight=self.weight.then(operator.getitem, slice(start, stop))",
+        "weight=self.weight.then(operator.getitem, slice(0, stop - start))",
+        GRAPH + "row_operations.py",
+    ),
+    Fault(
+        "rule: detach leaves the weight its gradient",
+        "graph/logits.py",
+        "weight=self.weight.then(torch.detach)",
+        "weight=self.weight",
+        GRAPH + "row_operations.py",
+    ),
+    Fault(
+        "rule: hardtanh is a clamp without bounds",
+        "graph/registry.py",
+        '"clip": "clamp",',
+        '"clip": "clamp", "hardtanh": "clamp",',
+        "tests/fuzz/test_regressions.py",
+    ),
+    Fault(
+        "rule: any ignore_index is -100",
+        "graph/reductions.py",
+        "            ignore_index=ignore_index,\n            label_smoothing",
+        "            label_smoothing",
+        GRAPH + "loss_forms.py",
+    ),
+    Fault(
+        "writes: an operand that changes is not seen",
+        "graph/rewrite.py",
+        "if write is not None:",
+        "if False:",
+        GRAPH + "effects.py",
+    ),
+    Fault(
+        "writes: other names keep the old value",
+        "graph/sites.py",
+        "if values[other] is old:",
+        "if False:",
+        GRAPH + "effects.py",
+    ),
+    Fault(
+        "merge: every part is the first",
+        "graph/merge.py",
+        "(old, emitter.call(operator.getitem, pieces, i))",
+        "(old, emitter.call(operator.getitem, pieces, 0))",
+        GRAPH + "sums.py " + GRAPH + "loss_forms.py",
+    ),
+    Fault(
+        "returned: rows as before the view",
+        "graph/returned.py",
+        "rows = logits.hidden.emit(emitter.call)",
+        "rows = logits.hidden.flat().emit(emitter.call)",
+        GRAPH + "returned_logits.py",
+    ),
+    Fault(
+        "returned: the bias is forgotten",
+        "graph/returned.py",
+        "None if bias is None else _operand(bias, results)",
+        "None",
+        GRAPH + "returned_logits.py",
+    ),
+    Fault(
+        "masks: less is taken for greater",
+        "graph/masks.py",
+        '"lt": lambda z, number: gt(number, z)',
+        '"lt": lambda z, number: gt(z, number)',
+        GRAPH + "maps.py " + GRAPH + "masks.py",
+    ),
+    Fault(
+        "masks: what is kept is filled",
+        "graph/masks.py",
+        "vocab_mask(a, condition, inverted=True)",
+        "vocab_mask(a, condition)",
+        GRAPH + "masks.py",
+    ),
+    Fault(
+        "softmax: an expected logit without the log-sum-exp",
+        "graph/softmax.py",
+        "value = results.lse + (results.lse_rest - results.entropy)",
+        "value = results.lse_rest - results.entropy",
+        GRAPH + "softmax.py",
+    ),
+    Fault(
+        "stacks: always the first part",
+        "graph/stacks.py",
+        "_part(call, x.parts[at], tuple(entries))",
+        "_part(call, x.parts[0], tuple(entries))",
+        GRAPH + "sums.py " + GRAPH + "row_operations.py " + GRAPH + "returned_forms.py -k stack",
+    ),
+    Fault(
+        "counted: rows go back in their order, not to their places",
+        "ops/counted.py",
+        "index_copy_(0, rows, values)",
+        "index_copy_(0, torch.arange(len(rows)), values)",
+        ATEN + " " + SCALED,
+    ),
+    Fault(
+        "kept: the logits of another group",
+        "ops/kept.py",
+        "start = rows.start % self._rows",
+        "start = 0",
+        SCALED,
+    ),
+    Fault(
+        "in the forward: twice, of two heads",
+        "graph/driver.py",
+        "once = not nested and len(worthwhile) == 1",
+        "once = True",
+        GRAPH + "in_forward.py",
+    ),
+    Fault(
+        "effects: gradient modes are not seen",
+        "graph/effects.py",
+        "enabled = bool(node.args[0])",
+        "pass",
+        GRAPH + "modes.py",
+    ),
+    Fault(
+        "lazy logits: a changed weight is not noticed",
+        "lazy_logits.py",
+        "return None if tensor.is_inference() else tensor._version, tensor",
+        "return None, tensor",
+        "tests/test_lazy_logits.py",
+    ),
+    Fault(
+        "undo: the report has rewrites that were undone",
+        "graph/driver.py",
+        "        report = _failed(error)\n    else",
+        "        report.refused += _failed(error).refused\n    else",
+        GRAPH + "faults.py",
+    ),
+    Fault(
+        "caches: the same key for all versions",
+        "backend.py",
+        'f"{config.cache_key_tag}cce_inductor={_source_hash().hex()}"',
+        'f"{config.cache_key_tag}cce_inductor"',
+        "tests/test_caches.py",
+    ),
+    Fault(
+        "enable: the same key for all options",
+        "backend.py",
+        "            return _source_hash(), repr(self.options)\n",
+        "            return _source_hash()\n",
+        "tests/test_backend.py tests/test_caches.py",
+    ),
+    Fault(
+        "fallback: any error is taken for one of the machine",
+        "ops/fallback.py",
+        "if not _is_of_the_machine(error):",
+        "if False:",
+        "tests/ops/test_fallback.py",
+    ),
+    # where only a GPU shows them
+    Fault(
+        "offsets of 32 bits",
+        "kernels/tile.py",
+        "offsets = rows[:, None].to(tl.int64) * stride_row + depths[None, :].to(tl.int64) * stride_depth",
+        "offsets = rows[:, None] * stride_row + depths[None, :] * stride_depth",
+        "tests/ops/test_gpu.py -k int64",
+        gpu=True,
+    ),
+    Fault(
+        "forward: waits for the GPU",
+        "ops/cuda.py",
+        "        compat.assert_on_device(good, BAD_TARGET)\n",
+        "        assert good.item(), BAD_TARGET\n",
+        "tests/ops/test_gpu.py -k waits",
+        gpu=True,
+    ),
+    Fault(
+        "sparse: offsets of 32 bits",
+        "kernels/sparse.py",
+        "offsets = columns[:, None].to(tl.int64) * width + depths[None, :]",
+        "offsets = columns[:, None] * width + depths[None, :]",
+        "tests/ops/test_gpu.py -k int64",
+        gpu=True,
+    ),
+]

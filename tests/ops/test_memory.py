@@ -1,0 +1,178 @@
+"""How much memory a call takes at its peak, beyond its operands: never more than ARCHITECTURE.md says."""
+
+import gc
+import os
+from dataclasses import replace
+
+import cases
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
+
+from cce_inductor.kernels.config import tile_config
+from cce_inductor.ops import cpu, cuda, in_forward, sparse
+from cce_inductor.ops.launch import device_properties
+from cce_inductor.ops.problem import MIB
+
+FLOAT = 4
+ALLOCATION = 512  # a small tensor takes as much on a GPU
+
+
+def peak_bytes(function, device="cpu"):
+    """(bytes above those before the call at its highest, the result), by the allocator's own account."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before, result
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = function()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak, result
+
+
+def vectors(problem):
+    """A dozen of the rows, in 64 bits, and of the classes."""
+    return 12 * (2 * problem.num_rows + problem.vocab_size) * FLOAT + 64 * ALLOCATION
+
+
+def cpu_bound(problem, kept=0):
+    """The formula for a CPU. kept: of logits that stay for the gradients, in bytes."""
+    rows, columns = cpu.block_shape(problem)
+    assert rows <= cpu.BLOCK_ROWS
+    assert rows * columns * FLOAT <= max(min(cpu.BLOCK_BYTES, problem.workspace_bytes), 8 * rows * FLOAT)
+    blocks = 8 * rows * columns
+    slices = 8 * -(-problem.vocab_size // columns) * problem.num_rows
+    gradients = 2 * (problem.num_rows + problem.vocab_size + columns) * problem.width  # sums, and what they become
+    return (blocks + slices + gradients) * FLOAT + vectors(problem) + kept
+
+
+@st.composite
+def problems(draw):
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    case = cases.Case(
+        rows=draw(st.sampled_from([1, 7, 300, 1024, 1500])),
+        vocab=draw(st.sampled_from([1, 50, 1000, 4099, 9000])),
+        width=draw(st.sampled_from([1, 16, 40])),
+        dtype=dtype,
+        compute_dtype=draw(st.sampled_from([dtype, torch.bfloat16])),
+        logit_map=draw(st.sampled_from(cases.MAPS)),
+        bias=draw(st.booleans()),
+        total=draw(st.booleans()),
+        class_weight=draw(st.booleans()),
+        max=draw(st.booleans()),
+        entropy=draw(st.booleans()),
+    )
+    workspace = draw(st.sampled_from([1, 2, 64])) * MIB
+    return case, case.problem(workspace_bytes=workspace, skip_ignored=draw(st.booleans()))
+
+
+@settings(max_examples=25)
+@given(problems())
+def test_on_a_cpu(given):
+    case, problem = given
+    peak, results = peak_bytes(lambda: cpu.forward(problem))
+    assert peak <= cpu_bound(problem)
+    grads = case.row_gradients(results)
+    needs = [True, True, case.bias]
+    peak, _ = peak_bytes(lambda: cpu.backward(problem, results.lse, results.tile_lse, grads, needs))
+    assert peak <= cpu_bound(problem)
+
+
+@settings(max_examples=15)
+@given(problems())
+def test_of_a_loss_with_its_gradients(given):
+    case, problem = given
+    coefficient = torch.ones(case.rows)
+    peak, _ = peak_bytes(lambda: in_forward.loss_and_gradients(problem, coefficient, [True, True, case.bias]))
+    logits = problem.num_rows * problem.vocab_size * problem.compute_dtype.itemsize
+    assert peak <= cpu_bound(problem, kept=min(problem.workspace_bytes, logits // 4))
+
+
+def test_the_logits_would_break_the_bound():
+    """Eager PyTorch takes several times as much."""
+    case = cases.Case(1000, 20000, 16, bias=False)
+    peak, _ = peak_bytes(lambda: cases.eager(case))
+    assert peak > 3 * cpu_bound(case.problem())
+
+
+# ------------------------------------------------------------------------------------------- the kernels for a GPU
+
+
+def forward_bound(problem):
+    """Each tile has a few numbers a row, combined with temporaries of the same size; rows that count are gathered."""
+    tiles = -(-problem.vocab_size // tile_config(device_properties(problem.hidden.device)[0], backward=False).block_v)
+    kinds = 6 + problem.want_total + 2 * problem.want_max + 4 * problem.want_entropy
+    gathered = 2 * problem.num_rows * problem.width * problem.compute_dtype.itemsize
+    cast = 0 if problem.weight.dtype == problem.compute_dtype else problem.workspace_bytes
+    return kinds * tiles * problem.num_rows * FLOAT + gathered + cast + vectors(problem)
+
+
+def gradients_bound(problem):
+    """Results, and hidden's sums, in float32."""
+    return 2 * problem.num_rows * problem.width * FLOAT + problem.vocab_size * problem.width * problem.weight.itemsize
+
+
+def exact_bound(problem):
+    """A block of dz; of its columns the weight in two dtypes and its gradient; partial sums of the bias's gradient."""
+    rows, columns = cuda._block_shape(problem)
+    block = max(problem.workspace_bytes, rows * cuda.COLUMN_MULTIPLE * problem.compute_dtype.itemsize)
+    partial = -(-rows // 64) * columns * FLOAT
+    return gradients_bound(problem) + block + 3 * columns * problem.width * FLOAT + 2 * partial + vectors(problem)
+
+
+def sparse_bound(problem):
+    """Blocks of dz, at least of all rows in one tile; hidden's sums in fixed point; lists and masses of each tile."""
+    config = tile_config(device_properties(problem.hidden.device)[0], backward=True)
+    tiles = -(-problem.vocab_size // config.block_v)
+    rows = problem.num_rows + 2 * config.block_n
+    block = max(problem.workspace_bytes, rows * config.block_v * problem.compute_dtype.itemsize)
+    lists = (tiles + 1) * rows * (1 + 4 + 2 * FLOAT)
+    skipped = 3 * (tiles + problem.num_rows) * problem.width * FLOAT
+    cast = 0 if problem.weight.dtype == problem.compute_dtype else problem.weight.numel() * problem.hidden.itemsize
+    return gradients_bound(problem) + block + lists + skipped + cast + vectors(problem)
+
+
+SIZES = [(8192, 65536, 2048), (1000, 50257, 768), (20000, 32000, 1024)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("skip_ignored", [False, True])
+@pytest.mark.parametrize("mass", [0.0, 2**-4])
+@pytest.mark.parametrize("workspace", [16, 256])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_on_a_gpu(size, workspace, mass, skip_ignored, monkeypatch):
+    monkeypatch.setattr(sparse, "LEAST_FLOPS", 0)
+    assert_within_bounds("cuda", size, workspace * MIB, mass, skip_ignored, torch.bfloat16)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="there is a GPU, so Triton compiles")
+@pytest.mark.parametrize("workspace", [1, 1 << 14])
+@pytest.mark.parametrize("size", [(70, 200, 24)], ids=str)
+def test_the_kernels_in_the_interpreter(size, workspace):
+    """The same formulas, in which small tensors and tiles count."""
+    assert_within_bounds("cpu", size, workspace, 2**-4, False, torch.float32)
+
+
+def assert_within_bounds(device, size, workspace_bytes, mass, skip_ignored, dtype):
+    case = cases.Case(*size, dtype, bias=False, total=False, class_weight=False, device=device)
+    case.hidden, case.weight = case.hidden * 0.1, case.weight * 0.1
+    problem = case.problem(workspace_bytes=workspace_bytes, approximate_mass=mass, skip_ignored=skip_ignored)
+    peak, results = peak_bytes(lambda: cuda.forward(problem), device)
+    assert peak <= forward_bound(problem)
+    needs, grads = [True, True, False], case.row_gradients(results)
+    exact = problem if mass == 0 else replace(problem, approximate_mass=0.0)
+    peak, _ = peak_bytes(lambda: cuda.backward(exact, results.lse, problem.tile_lse(0), grads, needs), device)
+    assert peak <= exact_bound(problem)
+    if mass > 0 and device == "cuda":
+        peak, _ = peak_bytes(lambda: cuda.backward(problem, results.lse, results.tile_lse, grads, needs), device)
+        assert peak <= sparse_bound(problem)
