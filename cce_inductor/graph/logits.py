@@ -65,6 +65,11 @@ class Replay:
             steps = steps[:-1]
         return replace(self, steps=steps)
 
+    def steps_after(self, other: "Replay") -> tuple[Step, ...] | None:
+        """The calls that make this of another; None where it is not made of that."""
+        made = self.source == other.source and self.steps[: len(other.steps)] == other.steps
+        return self.steps[len(other.steps) :] if made else None
+
     def without(self, function: Callable) -> "Replay":
         return replace(self, steps=tuple(step for step in self.steps if step.function is not function))
 
