@@ -35,12 +35,6 @@ class Step:
     is_reshape: bool = False
     named: tuple[tuple[str, Any], ...] = ()  # constants
 
-    def in_one_column(self) -> "Step":
-        """The same for a value [..., 1] in place of the hidden states [..., D]."""
-        if self.function is torch.reshape and self.args is not None:
-            return replace(self, args=((*self.args[0][:-1], 1),))
-        return self
-
 
 @dataclass(frozen=True)
 class Joined:
@@ -71,11 +65,10 @@ class Replay:
             steps = steps[:-1]
         return replace(self, steps=steps)
 
-    def beyond(self, whole: "Replay") -> "tuple[Step, ...] | None":
-        """The steps that take these rows from those of another replay; None where they are not taken from them."""
-        count = len(whole.steps)
-        made_of_it = self.source == whole.source and self.steps[:count] == whole.steps
-        return self.steps[count:] if made_of_it else None
+    def steps_after(self, other: "Replay") -> tuple[Step, ...] | None:
+        """The calls that make this of another; None where it is not made of that."""
+        made = self.source == other.source and self.steps[: len(other.steps)] == other.steps
+        return self.steps[len(other.steps) :] if made else None
 
     def without(self, function: Callable) -> "Replay":
         return replace(self, steps=tuple(step for step in self.steps if step.function is not function))

@@ -12,7 +12,6 @@ import torch
 from torch.fx import Node
 
 from ..ops import losses
-from ..ops.problem import Reductions
 from .logits import DeferredLogits, Refused
 from .registry import Call, operation, rule, tensor_of
 
@@ -23,19 +22,19 @@ Vector = Any  # a Proxy, used as the tensor that it stands for
 class Results:
     """What the operator gave, as proxies [N] of the graph, and the inputs of one reduction in the same row order.
 
-    Those of the operator are attributes: lse, picked, total, maximum, argmax, entropy, lse_rest.
     A reduction must give a tensor of its own: the program may write to it in place, others read the same results.
     """
 
-    given: Callable[[str], Vector]  # what the operator gave by its name
+    lse: Vector
+    picked: Vector
+    total: Vector
+    maximum: Vector
+    argmax: Vector
+    entropy: Vector
+    lse_rest: Vector
     target: Vector
     rows: Callable[[], Vector]  # a tensor of the shape of the logits' rows
     proxy: Callable[[Node], Vector]
-
-    def __getattr__(self, name: str) -> Vector:
-        if name not in Reductions._fields:
-            raise AttributeError(name)
-        return self.given(name)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Every step can be undone until the old nodes go, and by then nothing is left tha
 
 import functools
 import operator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from ..report import Rewrite
 from . import in_forward, words
 from .effects import first_write, written
 from .emitter import Emitter
-from .logits import DeferredLogits, Refused, Replay, Step
-from .reductions import Results
+from .logits import Refused
+from .reductions import Reduction, Results
 from .registry import operation, tensor_of
 from .returned import LazyResult, return_operands
 from .sites import Site, location, logits_bytes
@@ -117,7 +118,7 @@ def finish(graph: Graph, rewritings: list[Rewriting]) -> None:
 def _emit(sweep: Sweep, site: Site, emitter: Emitter, options: Options, once: bool) -> list[tuple[Node, Node]]:
     """(old node, its replacement) for each reduction of a sweep."""
     anchor = sweep.reductions[0].node
-    logits = sweep.reductions[0].logits
+    logits = sweep.logits
     _require_unwritten(logits.operands(), site.logits.matmul, anchor)
     if sweep.grad_enabled:  # our backward reads the biases, which the program's does not
         biases = [node for bias in logits.biases for node in bias.operands()]
@@ -157,11 +158,9 @@ def _emit(sweep: Sweep, site: Site, emitter: Emitter, options: Options, once: bo
         node = reduction.node
         reads = [n for n in node.all_input_nodes if n not in site.chain and tensor_of(n) is not None]
         _require_unwritten(reads, anchor, node)
-        if sweep.part(reduction):
-            _require_unwritten(reduction.logits.operands(), site.logits.matmul, node)
         with emitter.at(node, sweep.grad_enabled):
             results = Results(
-                given=functools.partial(_given, given, logits, sweep.part(reduction), emitter),
+                **_rows_of(reduction, sweep, given, emitter),
                 target=None if flat_target is None else emitter.proxy(flat_target),
                 rows=functools.partial(emitter.rows, reduction.logits.hidden),
                 proxy=emitter.proxy,
@@ -173,15 +172,20 @@ def _emit(sweep: Sweep, site: Site, emitter: Emitter, options: Options, once: bo
     return pairs
 
 
-def _given(
-    given: dict[str, Proxy], logits: DeferredLogits, part: tuple[Step, ...], emitter: Emitter, name: str
-) -> Proxy:
-    """A result of the operator, or of it the rows that a reduction is about."""
-    if not part:
-        return given[name]
-    whole = given[name].view_as(emitter.rows(logits.hidden.flat())).unsqueeze(-1)
-    steps = tuple(step.in_one_column() for step in part)
-    return emitter.proxy(Replay(whole.node, steps).emit(emitter.call)).flatten()
+def _rows_of(reduction: Reduction, sweep: Sweep, given: dict[str, Proxy], emitter: Emitter) -> dict[str, Proxy]:
+    """The results for the rows that a reduction reads: what took them from the hidden states takes them from these."""
+    taken = sweep.rows_of(reduction)
+    if taken is None:
+        return given
+    wanted = {"lse", "lse_rest"}
+    wanted |= {"total"} if reduction.want_total else set()
+    wanted |= {"maximum", "argmax"} if reduction.want_max else set()
+    wanted |= {"entropy"} if reduction.want_entropy else set()
+    _require_unwritten(taken.operands(), sweep.logits.matmul, reduction.node)
+    rows = emitter.rows(sweep.logits.hidden.flat())
+    of_all = {name: given[name].view_as(rows).unsqueeze(-1).node for name in wanted}
+    of_some = {name: replace(taken, source=node).emit(emitter.call) for name, node in of_all.items()}
+    return given | {name: emitter.proxy(node).flatten() for name, node in of_some.items()}
 
 
 def _in_dtype_of(node: Node, value: Proxy) -> Node:

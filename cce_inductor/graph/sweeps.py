@@ -1,5 +1,6 @@
 """Sweeps: which reductions of a site one operator call, one pass over the vocabulary, can serve."""
 
+import operator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from .effects import PURE, first_write, grad_modes, never_written_after
-from .logits import DeferredLogits, Refused, Step
+from .logits import DeferredLogits, Refused, Replay, Step
 from .reductions import Reduction
 from .registry import operation, tensor_of
 from .sites import Site
@@ -17,10 +18,11 @@ from .sites import Site
 class Sweep:
     """Reductions that one operator call serves: at most one target and one total over the classes.
 
-    The logits are the same, those of the first one; of reductions without a target they may be a part of the rows.
+    They are of the same logits, or of some of their rows.
     """
 
-    reductions: list[Reduction]
+    logits: DeferredLogits
+    reductions: list[Reduction]  # in graph order
     grad_enabled: bool
 
     def find(self, attribute: str) -> Any:
@@ -52,7 +54,6 @@ class Sweep:
 
     def admits(self, other: Reduction, grad_enabled: bool) -> bool:
         """Whether the call can serve another reduction too."""
-        mine = self.reductions[0].logits
         same_target = (
             self.target is None
             or other.target is None
@@ -62,26 +63,49 @@ class Sweep:
         same_total = not (self.want_total and other.want_total) or self.find("total_weight") is other.total_weight
         if not (same_target and same_total):
             return False
-        theirs = other.logits
+        mine, its = self.logits, other.logits
         if not tensor_of(other.node).requires_grad:  # what has no gradient can be taken from what has one
-            mine, theirs = _attached(mine), _attached(theirs)
+            mine, its = _attached(mine), _attached(its)
         elif self.grad_enabled != grad_enabled:
             return False
-        if _but_for_rows(mine) != _but_for_rows(theirs):
+        if _classes_key(mine) != _classes_key(its):
             return False
-        if mine.hidden.flat() == theirs.hidden.flat():
-            return True
-        steps = theirs.hidden.beyond(mine.hidden.flat())
-        return other.target is None and steps is not None and all(step.args is not None for step in steps)
+        return mine.hidden.flat() == its.hidden.flat() or (other.target is None and _some_rows(its, mine) is not None)
 
-    def part(self, other: Reduction) -> tuple[Step, ...]:
-        """The calls that take the rows of a reduction that it admits from its own; none where they are the same."""
-        mine, theirs = (_attached(logits).hidden for logits in (self.reductions[0].logits, other.logits))
-        return () if mine.flat() == theirs.flat() else theirs.beyond(mine.flat()) or ()
+    def rows_of(self, reduction: Reduction) -> Replay | None:
+        """What takes the rows of a reduction out of those of the sweep; None where it reads all in the same order.
+
+        A replay on the sweep's hidden states, or on anything else that has these rows and a last dimension.
+        """
+        mine, its = _attached(self.logits), _attached(reduction.logits)
+        return None if its.hidden.flat() == mine.hidden.flat() else _some_rows(its, mine)
 
 
-def _but_for_rows(logits: DeferredLogits) -> tuple:
+def _classes_key(logits: DeferredLogits) -> tuple:
+    """Equal for logits that differ in nothing but their rows."""
     return logits.weight, logits.biases, logits.logit_map
+
+
+_ON_ROWS = {
+    operator.getitem, torch.chunk, torch.detach, torch.flatten, torch.index_select, torch.narrow, torch.permute,
+    torch.reshape, torch.select, torch.split, torch.tensor_split, torch.unbind, torch.unflatten, torch.unsqueeze,
+}  # fmt: skip
+
+
+def _some_rows(part: DeferredLogits, whole: DeferredLogits) -> Replay | None:
+    """What takes the rows of a part out of those of the whole; None where that is not known."""
+    steps = part.hidden.flat().steps_after(whole.hidden.flat())
+    if not steps or any(step.args is None or step.function not in _ON_ROWS for step in steps):
+        return None
+    return Replay(whole.matmul, tuple(map(_of_width_one, steps)))
+
+
+def _of_width_one(step: Step) -> Step:
+    """A step for a last dimension of one: a reshape names the width of the hidden states."""
+    if step.function is not torch.reshape or not step.args:
+        return step
+    [sizes] = step.args
+    return replace(step, args=((*sizes[:-1], 1),))
 
 
 def _attached(logits: DeferredLogits) -> DeferredLogits:
@@ -106,23 +130,27 @@ def sweeps_of(site: Site) -> list[Sweep]:
     """The fewest operator calls, in graph order; raises `Refused` where gradients would differ from the program's."""
     modes = grad_modes(site.logits.matmul.graph)
     sweeps: list[Sweep] = []
-    for reduction in site.reductions:
+    # those of all rows first, as they serve those of some
+    for reduction in sorted(site.reductions, key=lambda r: len(_attached(r.logits).hidden.flat().steps)):
         grad_enabled = modes[reduction.node]
         if grad_enabled and not all(modes[node] for node in site.path(reduction.node)):
             raise Refused("the logits are computed without gradients and reduced with gradients enabled")
-        admitting = (s for s in sweeps if s.admits(reduction, grad_enabled) and _make_available(reduction, s))
+        admitting = (s for s in sweeps if s.admits(reduction, grad_enabled) and _make_available(reduction, s, modes))
         home = next(admitting, None)
         if home is None:
-            sweeps.append(Sweep([reduction], grad_enabled))
+            sweeps.append(Sweep(reduction.logits, [reduction], grad_enabled))
         else:
-            home.reductions.append(reduction)
-    return sweeps
+            home.reductions = sorted([*home.reductions, reduction], key=lambda r: r.node)
+    return sorted(sweeps, key=lambda sweep: sweep.reductions[0].node)
 
 
-def _make_available(reduction: Reduction, sweep: Sweep) -> bool:
-    """Moves the preparation of a target before the first reduction of a sweep; whether that was possible."""
-    anchor = sweep.reductions[0].node
-    late = _late_ancestors([n for n in (reduction.target, reduction.total_weight) if n is not None], anchor)
+def _make_available(reduction: Reduction, sweep: Sweep, modes: dict[Node, bool]) -> bool:
+    """Moves the preparation of targets before the first reduction of a sweep; whether that was possible."""
+    anchor = min(sweep.reductions[0].node, reduction.node)
+    if modes[anchor] != sweep.grad_enabled:
+        return False
+    inputs = (sweep.target, sweep.find("total_weight"), reduction.target, reduction.total_weight)
+    late = _late_ancestors([node for node in inputs if node is not None], anchor)
     if not late:
         return True
     nodes = list(anchor.graph.nodes)

@@ -112,7 +112,7 @@ def poly_loss(h, w, t):
 
 
 FORMS = {  # operator calls, heads
-    nanochat: (1, 1), torchtune: (1, 2), litgpt: (1, 1), axolotl: (1, 1), olmo_core: (1, 1), trl_float32: (2, 1),
+    nanochat: (1, 1), torchtune: (1, 2), litgpt: (1, 1), axolotl: (1, 1), olmo_core: (1, 1), trl_float32: (1, 1),
     trl_bfloat16: (1, 1), verl: (1, 1), llm_foundry: (1, 1), mixture_of_experts: (1, 1), multi_token_prediction: (1, 2),
     trainable_token_indices: (1, 1), fairseq: (1, 1), poly_loss: (1, 1),
 }  # fmt: skip
