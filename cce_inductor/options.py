@@ -22,7 +22,8 @@ class Options:
         loss. 0 rewrites every problem.
     min_flops: the fewest floating-point operations of the logits, 2 N V D, worth rewriting on a GPU in 16 bits. Below,
         or with fewer than 2048 rows, torch.compile's loss is faster. 0 rewrites every problem.
-    workspace_mib: scratch memory of the backward in MiB. More makes it faster up to a point.
+    workspace_mib: scratch memory of the backward in MiB. More makes it faster up to a point. ARCHITECTURE.md has the
+        formula of the peak.
     approximate_mass: how much of each row's probability mass the backward may approximate, from 0 (exact gradients)
         to below 1. On a GPU, in bfloat16 and float16, it then skips the tiles of the softmax that matter least, none
         of them heavier than 1/128 of this, and puts their mass back as rows spread it on average. Faster the more
