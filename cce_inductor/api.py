@@ -86,9 +86,14 @@ def _parsed(logit_map: str) -> str:
     return str(LogitMap.parse(logit_map))
 
 
+@torch.compiler.assume_constant_result
+def _has_autocast(device_type: str) -> bool:
+    """Some devices, "meta" for one, have no autocast and raise when asked for it. Dynamo of 2.11 can't trace this."""
+    return torch.amp.is_autocast_available(device_type)
+
+
 def _is_autocast_enabled(device_type: str) -> bool:
-    """Some devices, "meta" for one, have no autocast and raise when asked for it."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _check(

@@ -52,6 +52,8 @@ def run_if_defined(function: Callable, args: tuple[Tensor, ...]) -> Run | None:
     except (RuntimeError, IndexError, ValueError):
         return None
     exact = run_float64(function, args)
+    if [gradient is None for gradient in exact.gradients] != [gradient is None for gradient in run.gradients]:
+        return None  # a cast to the dtype that a tensor has, under no_grad: in float64 it is one that detaches
     results = [*exact.outputs, *(gradient for gradient in exact.gradients if gradient is not None)]
     return None if any(result.isnan().any() for result in results) else run
 
