@@ -41,9 +41,8 @@ def test_two_threads_compile_and_train_at_once():
     torch._dynamo.reset()
     start, errors = threading.Barrier(2), []
 
-    def train(scale, seed):
+    def train(scale, model, eager, ids):
         try:
-            model, eager, ids = Model(seed), Model(seed), labels(4 + seed, S)
             compiled = torch.compile(lambda ids: model(ids)[0] * scale, backend="cce", options=OPTIONS)
             start.wait()
             for _ in range(20):
@@ -54,7 +53,9 @@ def test_two_threads_compile_and_train_at_once():
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=train, args=args) for args in ((2.0, 0), (3.0, 1))]
+    # made here, as threads draw from the same random numbers
+    programs = [(2.0 + seed, Model(seed), Model(seed), labels(4 + seed, S)) for seed in (0, 1)]
+    threads = [threading.Thread(target=train, args=program) for program in programs]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -147,7 +147,8 @@ def other_readers(h, w, b, t):
     x = F.linear(h, w).view(-1, V)
     p, log_p = x.softmax(-1), x.log_softmax(-1)
     entropies = -(p * log_p).sum(-1), (-p * log_p).sum(-1), Categorical(logits=x).entropy()
-    return *entropies, loss_of(x, t), x.argmax(-1), p.detach().view(3, -1, V).amax(-1), x.max(-1)
+    others = torch.special.entr(p).sum(-1), (-log_p / 2).gather(-1, t.view(-1, 1)), x[1:].logsumexp(-1)
+    return *entropies, *others, loss_of(x, t), x.argmax(-1), p.detach().view(3, -1, V).amax(-1), x.max(-1)
 
 
 def masks(h, w, b, t):
@@ -210,7 +211,8 @@ def a_checkpoint(h, w, b, t):
 
 def refusals(h, w, b, t):
     x, y = F.linear(h, w), F.linear(h, w)
-    return loss_of(x, t) + x.std(), loss_of(y.cumsum(-1), t) + x.softmax(-1).log(), loss_of(h, t % 8)
+    stacked = torch.stack([F.linear(h.cos(), w), F.linear(h.sin(), w)]).flatten()
+    return loss_of(x, t) + x.std(), loss_of(y.cumsum(-1), t) + x.softmax(-1).log(), loss_of(h, t % 8), stacked
 
 
 def a_dynamic_number(h, w, b, t, number):
