@@ -22,7 +22,8 @@ from cce_inductor.graph import driver
 from cce_inductor.graph.returned import LazyResults
 from cce_inductor.ops.library import scaled_loss, vocab_reductions
 
-EVERYTHING = Options(min_vocab=0, min_logits_bytes=0, min_flops=0)
+OPTIONS = {"min_vocab": 0, "min_logits_bytes": 0, "min_flops": 0}  # of torch.compile, to rewrite everything
+EVERYTHING = Options(**OPTIONS)
 # [B, S, D] hidden states and [V, D] weights; no two sizes are equal, and there are more rows than the width, so that
 # the logits are the largest tensor of a program.
 B, S, D, V = 3, 7, 8, 53

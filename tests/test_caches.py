@@ -9,12 +9,10 @@ import textwrap
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import D, V, hidden, labels, weight
+from helpers import OPTIONS, D, V, hidden, labels, weight
 
 import cce_inductor
 from cce_inductor import capture_reports
-
-OPTIONS = {"min_vocab": 0, "min_logits_bytes": 0, "min_flops": 0}
 
 PRELUDE = f"""
 import json, torch, torch.nn.functional as F, cce_inductor

@@ -11,12 +11,11 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import D, S, V, labels
+from helpers import OPTIONS, D, S, V, labels
 from torch import nn
 
 from cce_inductor import linear_cross_entropy
 
-OPTIONS = {"min_vocab": 0, "min_logits_bytes": 0, "min_flops": 0}
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs fork and /proc")
 gpu = pytest.mark.gpu
 

@@ -230,17 +230,17 @@ def _solve(planes: Tensor, logits: Tensor, tail: Tensor, prior: Tensor, noise: T
     `tail` solves a quadratic equation. Where there is none, that at which they have the least.
     """
     factor = torch.linalg.cholesky(planes @ planes.transpose(1, 2))
-    wanted = logits - (planes @ noise[:, :, None])[:, :, 0]
-    both = torch.stack([wanted, torch.ones_like(logits)], 2)  # [rows, K, 2]
-    solved = torch.cholesky_solve(both, factor)
-    # what planes see of the noise is replaced, so |hidden|^2 / D is `kept` + c + 2 b l + a l^2 at a level l
-    targets = torch.stack([logits, torch.ones_like(logits)], 2)
-    products = targets.transpose(1, 2) @ torch.cholesky_solve(targets, factor) / planes.shape[2]
+    seen = (planes @ noise[:, :, None]).squeeze(2)  # of the noise, which is replaced
+    wanted = torch.stack([logits, torch.ones_like(logits), seen], 2)  # [rows, K, 3]
+    solved = torch.cholesky_solve(wanted, factor)
+    products = (
+        wanted.transpose(1, 2) @ solved / planes.shape[2]
+    )  # |hidden|^2 / D at a level l: kept + c + 2 b l + a l^2
     c, b, a = products[:, 0, 0], products[:, 0, 1], products[:, 1, 1]
     kept = NOISE * (1 - planes.shape[1] / planes.shape[2])
     constant = (c + kept) / 2 + prior.logsumexp(0) - tail.logit()
     level = ((1 - b) - ((1 - b) ** 2 - 2 * a * constant).clamp_min(0).sqrt()) / a
-    coefficients = solved[:, :, 0] + level[:, None] * solved[:, :, 1]  # [rows, K]
+    coefficients = solved[:, :, 0] - solved[:, :, 2] + level[:, None] * solved[:, :, 1]  # [rows, K]
     return noise + (coefficients[:, None] @ planes).squeeze(1)
 
 

@@ -29,7 +29,8 @@ def rewrite_module(module: GraphModule, options: Options, lazy: LazyResults | No
     """
     not_lazy = MATERIALIZE if options.logits == "materialize" else NO_CALLER if lazy is None else None
     report = _rewrite_module(module, options, lazy, not_lazy, nested=False)
-    report.breaks = [where for where in [graph_break(module)] if where is not None]
+    where = graph_break(module)
+    report.breaks = [] if where is None else [where]
     return report
 
 

@@ -3,6 +3,7 @@
 Dynamo's graphs are not functional yet, so moving a computation past a write, or into another region, can change it.
 """
 
+import contextlib
 import functools
 import inspect
 import operator
@@ -71,12 +72,10 @@ def _is_mutable(op: OpOverload | OpOverloadPacket) -> bool:
 def _inplace_argument(node: Node) -> bool:
     """Whether a call such as relu(x, inplace=True) says that it works in place."""
     signature = _signature(node.target)
-    if signature is None or "inplace" not in signature.parameters:
-        return bool(node.kwargs.get("inplace", False))
-    try:
-        return signature.bind(*node.args, **node.kwargs).arguments.get("inplace", False) is True
-    except TypeError:
-        return bool(node.kwargs.get("inplace", False))
+    if signature is not None and "inplace" in signature.parameters:
+        with contextlib.suppress(TypeError):
+            return signature.bind(*node.args, **node.kwargs).arguments.get("inplace", False) is True
+    return bool(node.kwargs.get("inplace", False))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -201,7 +201,7 @@ def _flat_target(sweep: Sweep, emitter: Emitter) -> Node | None:
     flat = flat if tensor_of(flat).dtype == torch.int64 else emitter.call(torch.Tensor.long, flat)
     if not sweep.targets_from_end:
         return flat
-    from_start = emitter.call(torch.add, flat, sweep.reductions[0].logits.vocab_size)
+    from_start = emitter.call(torch.add, flat, sweep.logits.vocab_size)
     return emitter.call(torch.where, emitter.call(torch.lt, flat, 0), from_start, flat)
 
 

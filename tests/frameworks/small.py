@@ -1,17 +1,11 @@
 """Small models of transformers with random weights, and what compiling one with the pass gives."""
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import transformers
-from helpers import EVERYTHING, Snapshot
+from seen import Seen
 from torch import Tensor, nn
-from torch._dynamo.backends.debugging import aot_eager
-
-from cce_inductor import Report, Rewrite
-from cce_inductor.graph.driver import rewrite_module
-from cce_inductor.graph.returned import LazyResults
 
 VOCAB, BATCH, LENGTH = 211, 2, 48
 DECODER: dict[str, Any] = {
@@ -37,34 +31,16 @@ def batch(length: int = LENGTH) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": ids.masked_fill(torch.arange(length) < 3, -100)}
 
 
-@dataclass
-class Seen:
-    """What the pass did to the graphs of a compiled function."""
-
-    reports: list[Report] = field(default_factory=list)
-    graphs: list[Snapshot] = field(default_factory=list)
-
-    @property
-    def rewritten(self) -> list[Rewrite]:
-        return [rewrite for report in self.reports for rewrite in report.rewritten]
-
-    def assert_no_logits(self, rows: int = BATCH * (LENGTH - 1)) -> None:
-        """No graph computes a tensor with as many elements as so many rows of logits."""
-        assert self.graphs
-        assert max(graph.largest_computed for graph in self.graphs) < rows * VOCAB
+def assert_no_logits(seen: Seen, rows: int = BATCH * (LENGTH - 1)) -> None:
+    """No graph computes a tensor with as many elements as so many rows of logits."""
+    assert seen.graphs
+    assert max(graph.largest_computed for graph in seen.graphs) < rows * VOCAB
 
 
 def compiled(function: Any, **how: Any) -> tuple[Any, Seen]:
-    """The function or module, compiled by the pass but not by Inductor, which takes long. how: of torch.compile."""
+    """The function or module, compiled by the pass alone. how: of torch.compile."""
     seen = Seen()
-
-    def backend(module: Any, inputs: Any) -> Any:
-        lazy = LazyResults(module.graph)
-        seen.reports.append(rewrite_module(module, EVERYTHING, lazy))
-        seen.graphs.append(Snapshot.of(module))
-        return lazy.around(aot_eager(module, inputs))
-
-    return torch.compile(function, backend=backend, **how), seen
+    return torch.compile(function, backend=seen, **how), seen
 
 
 def assert_same_gradients(mine: nn.Module, theirs: nn.Module, rounding: float = 1e-5) -> None:

@@ -3,27 +3,19 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import EVERYTHING, D, S, V
+from helpers import D, S, V
+from seen import Seen
 from torch import nn
-from torch._dynamo.backends.debugging import aot_eager
 
 pytest.importorskip("lightning", reason="needs lightning: pip install cce_inductor[models]")
 
 import lightning
 
-from cce_inductor.graph.driver import rewrite_module
-from cce_inductor.graph.returned import LazyResults
-
-reports = []
+seen = Seen()
 
 
 def compiled(function):
-    def backend(module, inputs):
-        lazy = LazyResults(module.graph)
-        reports.append(rewrite_module(module, EVERYTHING, lazy))
-        return lazy.around(aot_eager(module, inputs))
-
-    return torch.compile(function, backend=backend)
+    return torch.compile(function, backend=seen)
 
 
 class Model(nn.Module):
@@ -83,7 +75,7 @@ def step(module):
 def scores(compile_in, folder):
     """(loss, accuracy) of each step, as logged."""
     torch._dynamo.reset()
-    reports.clear()
+    seen.reports.clear()
     torch.manual_seed(0)
     module = Module()
     compile_in(module)
@@ -101,10 +93,10 @@ def scores(compile_in, folder):
 def test_training(compile_in, returned, tmp_path):
     theirs = scores(eager, tmp_path)
     assert theirs.shape == (6, 2)
-    assert not reports
+    assert not seen.reports
     ours = scores(compile_in, tmp_path)
     torch.testing.assert_close(ours, theirs)
-    [rewrite] = [rewrite for report in reports for rewrite in report.rewritten]
+    [rewrite] = seen.rewritten
     assert rewrite.returned == returned
     assert rewrite.losses == (("cross_entropy",) if compile_in is model else ("cross_entropy", "argmax"))
-    assert not any(report.refused for report in reports)
+    assert not any(report.refused for report in seen.reports)

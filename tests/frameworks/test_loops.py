@@ -8,13 +8,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import EVERYTHING, B, D, S, Snapshot, V, labels
+from helpers import B, D, S, V, labels
+from seen import Seen
 from torch import nn
-from torch._dynamo.backends.debugging import aot_eager
 
-from cce_inductor import Report, explain
-from cce_inductor.graph.driver import rewrite_module
-from cce_inductor.graph.returned import LazyResults
+from cce_inductor import explain
 from cce_inductor.lazy_logits import LazyLogits
 
 STEPS = 3
@@ -116,19 +114,6 @@ def chunked_cross_entropy(logits, targets, chunk_size=5, ignore_index=-100):
 
 
 # ------------------------------------------------------------------------------------------------------------- compiled
-
-
-class Seen:
-    """The backend, and what the pass did to the graphs that it was given."""
-
-    def __init__(self):
-        self.report, self.graphs = Report(graphs=0), []
-
-    def __call__(self, module, inputs):
-        lazy = LazyResults(module.graph)
-        self.report.add_graph(rewrite_module(module, EVERYTHING, lazy))
-        self.graphs.append(Snapshot.of(module))
-        return lazy.around(aot_eager(module, inputs))
 
 
 def train(model, loss_of):

@@ -75,59 +75,6 @@ def test_one_operator_call_serves_the_loss_and_a_reader(reader, dtype):
     check(program, hidden(dtype=dtype), weight(dtype=dtype), labels(ignored=-100))
 
 
-SOME_ROWS = {
-    "slice": lambda x: x[:, 1:-1].logsumexp(-1),
-    "in_a_loop": lambda x: torch.stack([row.logsumexp(-1) for row in x]),
-    "index_tensor": lambda x: x[:, torch.tensor([4, 0, 4])].argmax(-1),
-    "transposed": lambda x: x.transpose(0, 1)[2:].max(-1).values,
-    "pieces": lambda x: torch.cat([-torch.special.entr(p.softmax(-1)).sum(-1) for p in x.view(-1, V).split(5)]),
-    "detached": lambda x: x[:, -1].detach().argmax(-1),
-}
-SOME_ROWS_OF_CONSTANT_SIZES = {
-    "reshaped": lambda x: x.reshape(S, B, V)[1:, None].logsumexp(-1, keepdim=True),
-    "total": lambda x: x[1].log_softmax(-1).mean(-1),
-}
-
-
-@pytest.mark.parametrize("loss_first", [True, False])
-@pytest.mark.parametrize(
-    ("reader", "dynamic"),
-    [(reader, dynamic) for reader in SOME_ROWS.values() for dynamic in (False, True)]
-    + [(reader, False) for reader in SOME_ROWS_OF_CONSTANT_SIZES.values()],
-)
-def test_readers_of_some_rows_are_served_with_all(reader, loss_first, dynamic):
-    def program(h, w, t):
-        x = F.linear(h, w)
-        read = None if loss_first else reader(x)
-        loss = F.cross_entropy(x.view(-1, V), t.view(-1))
-        return loss, reader(x) if loss_first else read
-
-    check(program, hidden(), weight(), labels(ignored=-100), dynamic=dynamic)
-
-
-def test_rows_in_an_order_that_is_written_later():
-    """An index that changes after its use is not read again."""
-
-    def program(h, w, t, index):
-        x = F.linear(h, w)
-        some = x[:, index]
-        index.zero_()
-        return F.cross_entropy(x.view(-1, V), t.view(-1)) + some.logsumexp(-1).mean()
-
-    fixed = hidden(requires_grad=False), weight(requires_grad=False)
-    run = run_compiled(program, *fixed, labels(), torch.tensor([1, 2]))
-    assert run.report.rewritten == []
-    assert "changes an operand in place" in str(run.report.refused[0])
-
-
-def test_scaled_rows_are_other_logits():
-    def program(h, w, t, temperature):
-        x = F.linear(h, w)
-        return F.cross_entropy(x.view(-1, V), t.view(-1)) + (x / temperature).logsumexp(-1).mean()
-
-    check(program, hidden(), weight(), labels(), torch.tensor(0.7), calls=2)
-
-
 @DTYPES
 @pytest.mark.parametrize("reader", ENTROPIES.values(), ids=ENTROPIES)
 def test_an_entropy_alone(reader, dtype):

@@ -17,7 +17,6 @@ from helpers import (
     tensors_of,
     weight,
 )
-from torch.distributions import Categorical
 
 from cce_inductor.graph import merge
 
@@ -279,70 +278,6 @@ def test_a_failure_to_join_leaves_the_calls_apart(monkeypatch, name):
 
     monkeypatch.setattr(merge, name, fail)
     check(two_heads, hidden(), weight(), labels(), rewrites=2, calls=2, logits_in_memory=True)
-
-
-# What is about some of the rows that a loss is about.
-PARTS = {
-    "row by row": lambda x: torch.stack([row.logsumexp(-1) for row in x]),
-    "slice": lambda x: x[:, 2:].logsumexp(-1),
-    "narrow": lambda x: x.narrow(0, 1, 2).logsumexp(-1, keepdim=True),
-    "select": lambda x: x.select(1, 3).softmax(-1).max(-1),
-    "index twice": lambda x: x.index_select(1, torch.tensor([3, 1, 1])).logsumexp(-1),
-    "chunks of all": lambda x: torch.cat([chunk.logsumexp(-1) for chunk in x.reshape(-1, V).split(4)]),
-    "reshaped part": lambda x: x[1:].reshape(-1, V)[3:].logsumexp(-1),
-    "unflattened": lambda x: x[:, 1:].unflatten(1, (2, -1))[:, 1].logsumexp(-1),
-    "transposed": lambda x: x.transpose(0, 1)[1:].logsumexp(-1),
-    "classes in between": lambda x: x.permute(0, 2, 1)[1:].logsumexp(1),
-    "entropy": lambda x: Categorical(logits=x[:, -1]).entropy(),
-    "accuracy": lambda x: x.detach()[:, 1:].argmax(-1),
-    "sum": lambda x: x[1].sum(-1),
-}
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
-def test_a_reduction_of_some_rows_joins_the_loss_of_all(part, dynamic):
-    def program(h, w, t):
-        x = F.linear(h, w)
-        return F.cross_entropy(x.view(-1, V), t.view(-1), reduction="none"), part(x)
-
-    check(program, hidden(), weight(), labels(ignored=-100), dynamic=dynamic)
-
-
-def test_some_rows_without_gradients():
-    def program(h, w, t):
-        x = F.linear(h, w)
-        loss = F.cross_entropy(x.view(-1, V), t.view(-1))
-        with torch.no_grad():
-            return loss, x[:, 1:].logsumexp(-1)
-
-    ours = check(program, hidden(), weight(), labels(ignored=-100))
-    assert ours.requires_grad == [True, False]
-
-
-def test_some_rows_of_other_logits_do_not_join():
-    def program(h, w, t):
-        x = F.linear(h, w)
-        return (
-            F.cross_entropy(x.view(-1, V), t.view(-1)),
-            (x[1:] / 2).logsumexp(-1),
-            F.linear(h + 1, w)[1:].logsumexp(-1),
-        )
-
-    check(program, hidden(), weight(), labels(), rewrites=2, calls=3)
-
-
-def test_rows_whose_index_is_written_later():
-    def program(h, w, t, i):
-        x = F.linear(h, w)
-        loss, some = F.cross_entropy(x.view(-1, V), t.view(-1)), x[i]
-        i.zero_()
-        return loss, some.logsumexp(-1)
-
-    given = hidden(requires_grad=False), weight(requires_grad=False), labels(), torch.tensor([2, 1])
-    ours = run_compiled(program, *given)
-    assert ours.report.rewritten == []
-    assert_like_eager(ours, program, given)
 
 
 def test_calls_are_not_joined_where_the_second_needs_the_first():

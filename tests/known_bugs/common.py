@@ -10,12 +10,11 @@ refusals without a word (graph/test_refusals.py), -inf logits of masked classes 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import D, V, assert_close_to_eager, check
+from helpers import OPTIONS, D, V, assert_close_to_eager, check
 from torch import nn
 
 from cce_inductor import linear_cross_entropy
 
-OPTIONS = {"min_vocab": 0, "min_logits_bytes": 0, "min_flops": 0}
 gpu = pytest.mark.gpu
 
 
