@@ -43,6 +43,7 @@ def share_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    NUM_STAGES: tl.constexpr,  # of the second loop, which multiplies nothing: the compiler would not pipeline it
     NUM_PROGRAMS: tl.constexpr,
 ):
     # the bits of floats that are not negative, nan among them, are in order as integers
@@ -73,7 +74,7 @@ def share_kernel(
         tile_mass = tl.sum(mass, 0)
         spread = tl.where(tile_mass > 0.0, force / tile_mass, 0.0)
         tl.store(share + columns, spread, mask=column_mask)
-        for depth in range(0, width, BLOCK_D):
+        for depth in tl.range(0, width, BLOCK_D, num_stages=NUM_STAGES):
             if USE_TMA:
                 w = weight.load([column, depth])
             else:

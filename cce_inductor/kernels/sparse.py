@@ -18,8 +18,6 @@ from .tile import gather_rows, load_block, position_in_tile, tile_position
 
 FIXED_POINT_ONE = tl.constexpr(2.0**30)  # of int32; the sum of all |summands| of an element stays below it
 SMALLEST_UNIT = tl.constexpr(2.0**-120)  # of the fixed point, so that its reciprocal is a float32
-# Additions in memory are several times slower outside of the L2 cache, so a part of the columns is done at a time.
-DEPTHS_AT_ONCE = tl.constexpr(3)
 
 
 @triton.jit
@@ -49,6 +47,7 @@ def round_blocks(counts, tile_start, round_tiles, round_index, num_tiles, BLOCK_
 @triton.jit(do_not_specialize=["round_index", "num_tiles", "num_columns", "ignore_index"])
 def block_gradient_kernel(
     hidden,  # pointer, [N, D]
+    dense_hidden,  # TMA descriptor or pointer, [slots * BLOCK_N, D], contiguous: those of the dense rows, as listed
     weight,  # TMA descriptor or pointer, [V, D]
     bias,  # [V]
     target,  # [N]
@@ -81,6 +80,7 @@ def block_gradient_kernel(
     NUM_PROGRAMS: tl.constexpr,
 ):
     """dz of the blocks of a round."""
+    steps = tl.cdiv(width, BLOCK_D)
     first_tile, tiles, dense_slots, dense_blocks, first_slot, own_slots = round_blocks(
         counts, tile_start, round_tiles, round_index, num_tiles, BLOCK_N
     )
@@ -89,10 +89,12 @@ def block_gradient_kernel(
             slot, tile_in_round = tile_position(work, dense_slots, tiles)
             tile = first_tile + tile_in_round
             block = tile_in_round * dense_slots + slot
+            dense_steps, own_steps = steps, 0
         else:
             slot = first_slot + work - dense_blocks
             tile = tl.load(slot_tile + slot)
             block = work
+            dense_steps, own_steps = 0, steps
         column = tile * BLOCK_V
         columns = column + tl.arange(0, BLOCK_V)
         column_mask = columns < num_columns
@@ -102,7 +104,17 @@ def block_gradient_kernel(
         row_lse = tl.load(lse + rows)
         row_grad = tl.load(grad_lse + rows)
         z = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
-        for step in range(tl.cdiv(width, BLOCK_D)):
+        for step in range(dense_steps):
+            depth = step * BLOCK_D
+            if USE_TMA:
+                h = dense_hidden.load([slot * BLOCK_N, depth])
+                w = weight.load([column, depth])
+            else:
+                row = slot * BLOCK_N
+                h = load_block(dense_hidden, row, depth, row + BLOCK_N, width, width, 1, BLOCK_N, BLOCK_D)
+                w = load_block(weight, column, depth, num_columns, width, stride_wv, stride_wd, BLOCK_V, BLOCK_D)
+            z = tl.dot(h, w.T, z, input_precision="ieee")
+        for step in range(own_steps):
             depth = step * BLOCK_D
             h = gather_rows(hidden, rows, depth, width, stride_hn, stride_hd, BLOCK_D)
             if USE_TMA:
@@ -208,7 +220,7 @@ def weight_gradient_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["round_index", "num_tiles", "num_columns"])
+@triton.jit(do_not_specialize=["round_index", "num_tiles", "num_columns", "depths_at_once"])
 def hidden_gradient_kernel(
     weight,  # TMA descriptor or pointer, [V, D]
     dz,  # TMA descriptor or pointer, [blocks of a round * BLOCK_N, BLOCK_V]
@@ -226,6 +238,7 @@ def hidden_gradient_kernel(
     num_tiles,
     num_columns,
     width,
+    depths_at_once,  # blocks of columns of the gradient; additions in memory are slow outside of the L2 cache
     slope_bound,
     stride_wv,
     stride_wd,
@@ -253,10 +266,10 @@ def hidden_gradient_kernel(
             block, blocks, apart = slot, tiles, dense_slots
             tile = first_tile
         else:
-            group = (work - dense_work) // (own_slots * DEPTHS_AT_ONCE)
-            within = (work - dense_work) % (own_slots * DEPTHS_AT_ONCE)
-            depths_here = tl.minimum(depth_blocks - group * DEPTHS_AT_ONCE, DEPTHS_AT_ONCE)
-            depth = (group * DEPTHS_AT_ONCE + within % depths_here) * BLOCK_D
+            group = (work - dense_work) // (own_slots * depths_at_once)
+            within = (work - dense_work) % (own_slots * depths_at_once)
+            depths_here = tl.minimum(depth_blocks - group * depths_at_once, depths_at_once)
+            depth = (group * depths_at_once + within % depths_here) * BLOCK_D
             slot = first_slot + within // depths_here
             block, blocks, apart = dense_blocks + slot - first_slot, 1, 0
             tile = tl.load(slot_tile + slot)

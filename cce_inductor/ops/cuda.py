@@ -334,13 +334,12 @@ class Launch:
         problem, config = self.problem, self.config
         hidden, weight = interpretable(self.hidden[rows]), interpretable(weight)
         tiles = self.row_blocks(rows) * -(-weight.shape[0] // config.block_v)
-        programs = min(tiles, self.processors)
         tma = can_use_tma(hidden, weight)
         n, v, d = config.block_n, config.block_v, config.block_d
         if dz is not None:
             arguments["dz"] = TensorDescriptor.from_tensor(dz, [n, v]) if tma else dz
             arguments["stride_dz"] = dz.stride(0)
-        kernel[(programs,)](
+        kernel[(min(tiles, self.processors),)](
             hidden=TensorDescriptor.from_tensor(hidden, [n, d]) if tma else hidden,
             weight=TensorDescriptor.from_tensor(weight, [v, d]) if tma else weight,
             bias=None if problem.bias is None else problem.bias[columns],
@@ -359,7 +358,7 @@ class Launch:
             BLOCK_N=n,
             BLOCK_V=v,
             BLOCK_D=d,
-            NUM_PROGRAMS=programs,
+            NUM_PROGRAMS=self.processors,  # not how many run: that would compile a kernel for each size
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             **arguments,

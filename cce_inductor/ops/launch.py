@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from .problem import Problem
@@ -16,6 +17,12 @@ def device_properties(device: torch.device) -> tuple[tuple[int, int] | None, int
         return None, 4
     properties = torch.cuda.get_device_properties(device)
     return (properties.major, properties.minor), properties.multi_processor_count
+
+
+@functools.lru_cache
+def l2_cache_bytes(device: torch.device) -> int:
+    """The size of the L2 cache of a GPU; of a CPU it does not matter."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 1 << 20
 
 
 def interpretable(tensor: Tensor) -> Tensor:
@@ -47,3 +54,24 @@ def describable(tensor: Tensor) -> bool:
         and tensor.stride(0) >= tensor.shape[1]
         and tensor.data_ptr() % 16 == 0
     )
+
+
+class Rounds:
+    """Launches of one kernel that differ in `round_index` only.
+
+    Triton looks at each of some thirty arguments before a launch, which takes longer than the launch and, for small
+    problems, than the kernel. Here it does so once.
+    """
+
+    def __init__(self, kernel: Any, programs: int, **arguments: Any) -> None:
+        """arguments: all but round_index, which the kernel must list in do_not_specialize."""
+        self._kernel, self._programs, self._arguments = kernel, programs, arguments
+        self._compiled: Any = None
+
+    def __call__(self, round_index: int) -> None:
+        """Launches the kernel for a round."""
+        arguments = {**self._arguments, "round_index": round_index}
+        if isinstance(self._compiled, triton.compiler.CompiledKernel):
+            self._compiled[self._programs, 1, 1](*(arguments[name] for name in self._kernel.arg_names))
+        else:  # the first time, and always in Triton's interpreter
+            self._compiled = self._kernel[(self._programs,)](**arguments)

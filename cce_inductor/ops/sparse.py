@@ -25,12 +25,12 @@ from ..kernels.sparse import (
     hidden_gradient_kernel,
     weight_gradient_kernel,
 )
-from .launch import can_use_tma, device_properties, ignore_arguments, interpretable
+from .launch import Rounds, can_use_tma, device_properties, ignore_arguments, interpretable, l2_cache_bytes
 from .problem import Problem, RowGradients
 from .row_lists import RowLists, most_blocks_of_a_tile
 
 LEAST_FLOPS = 10**12  # of the logits, one to two milliseconds: as long as the host takes to start the kernels
-SAMPLED_ROWS = 256  # from which the share of each token in its tile is estimated
+SAMPLED_ROWS = 128  # from which the share of each token in its tile is estimated
 _compensates = True
 
 
@@ -50,19 +50,20 @@ def backward(
     """(grad_hidden, grad_weight, an empty one for the bias), from what `cuda.forward` gave."""
     sparse = _SparseBackward(problem, lse, tile_lse, grads.lse, grads.picked)
     empty = problem.hidden.new_empty(0)
-    grad_hidden, grad_weight, fixed, skipped_hidden, dense_hidden = empty, empty, empty, empty, empty
+    grad_hidden, grad_weight, fixed, skipped_hidden = empty, empty, empty, empty
     if needs_grad[0]:
         fixed = torch.zeros(problem.num_rows, -(-problem.width // 2), dtype=torch.int64, device=lse.device)
     if needs_grad[1]:
         skipped_hidden = _float32_product(sparse.lists.skipped_mass, problem.hidden)
-        dense_hidden = sparse.dense_hidden()
         grad_weight = torch.empty(problem.weight.shape, dtype=problem.weight.dtype, device=lse.device)
+    kernels = [sparse.blocks()]
+    if needs_grad[1]:
+        kernels.append(sparse.weight_gradient(skipped_hidden, grad_weight))
+    if needs_grad[0]:
+        kernels.append(sparse.hidden_gradient(fixed))
     for round_index in range(sparse.lists.rounds):
-        sparse.compute_blocks(round_index)
-        if needs_grad[1]:
-            sparse.complete_weight(round_index, dense_hidden, skipped_hidden, grad_weight)
-        if needs_grad[0]:
-            sparse.add_hidden(round_index, fixed)
+        for kernel in kernels:
+            kernel(round_index)
     if needs_grad[0]:
         grad_hidden = sparse.complete_hidden(fixed)
     return grad_hidden, grad_weight, empty
@@ -99,19 +100,20 @@ class _SparseBackward:
         self.config, self.products = tile_config(capability, backward=True), product_config(capability)
         self.weight = interpretable(problem.weight.to(problem.compute_dtype))
         self.hidden = interpretable(problem.hidden)
-        self.tma = can_use_tma(self.weight)
         self.function = template.load(problem.logit_map).value_and_slope
 
         self.tiles = len(tile_lse)
         most = most_blocks_of_a_tile(problem.num_rows, self.config.block_n)
         block_bytes = self.config.block_n * self.config.block_v * problem.compute_dtype.itemsize
-        # slots of all rows, should all be dense
-        self.dense_rows = -(-problem.num_rows // self.config.block_n) * self.config.block_n
-        room = problem.workspace_bytes - self.dense_rows * problem.width * problem.compute_dtype.itemsize
+        dense_rows = -(-problem.num_rows // self.config.block_n) * self.config.block_n  # of slots, should all be dense
+        room = problem.workspace_bytes - dense_rows * problem.width * problem.compute_dtype.itemsize
         blocks = min(max(room // block_bytes, most), self.tiles * most)
         self.lists = RowLists.of(problem, lse, tile_lse, grad_lse, grad_picked, blocks)
         if not _compensates:
             self.lists.skipped_mass.zero_()
+        # the hidden states of the dense rows, as they are listed; what comes after them is not read
+        self.dense_hidden = self.hidden[self.lists.slot_rows[:dense_rows].clamp(0, problem.num_rows - 1)]
+        self.tma = can_use_tma(self.weight, self.dense_hidden)
         self.dz = self.hidden.new_empty(blocks * self.config.block_n, self.config.block_v)
         self._estimate_shares()
 
@@ -124,8 +126,7 @@ class _SparseBackward:
         self.share = torch.empty(problem.vocab_size, dtype=torch.float32, device=hidden.device)
         self.skipped_weight = hidden.new_empty(self.tiles, problem.width, dtype=problem.compute_dtype)
         self.weight_peak = torch.zeros(1, dtype=torch.int32, device=hidden.device)
-        programs = min(self.tiles, self.processors)
-        share_kernel[(programs,)](
+        share_kernel[(min(self.tiles, self.processors),)](
             **self._weight_operand(tma, config.block_v, config.block_d),
             **self._logits(),
             hidden=TensorDescriptor.from_tensor(hidden, [config.block_n, config.block_d]) if tma else hidden,
@@ -140,16 +141,20 @@ class _SparseBackward:
             num_tiles=self.tiles,
             stride_hn=hidden.stride(0),
             stride_hd=hidden.stride(1),
-            NUM_PROGRAMS=programs,
+            NUM_STAGES=config.num_stages,
+            NUM_PROGRAMS=self.processors,
         )
 
-    def compute_blocks(self, round_index: int) -> None:
+    def blocks(self) -> Rounds:
         """dz of the blocks of a round into the workspace."""
         problem, config = self.problem, self.config
-        block_gradient_kernel[(self.processors,)](
+        return Rounds(
+            block_gradient_kernel,
+            self.processors,
             **self._weight_operand(self.tma, config.block_v, config.block_d),
             **self._logits(),
             hidden=self.hidden,
+            dense_hidden=self._blocks_of(self.tma, self.dense_hidden, config.block_n, config.block_d),
             target=problem.target,
             lse=self.lse,
             grad_lse=self.grad_lse,
@@ -160,38 +165,36 @@ class _SparseBackward:
             stride_hn=self.hidden.stride(0),
             stride_hd=self.hidden.stride(1),
             HAS_TARGET=problem.target is not None,
-            **self._round(round_index),
+            **self._lists(),
         )
 
-    def dense_hidden(self) -> Tensor:
-        """The hidden states of the dense rows, as they are listed; what comes after them is not read."""
-        return self.hidden[self.lists.slot_rows[: self.dense_rows].clamp(0, self.problem.num_rows - 1)]
-
-    def complete_weight(
-        self, round_index: int, dense_hidden: Tensor, skipped_hidden: Tensor, grad_weight: Tensor
-    ) -> None:
+    def weight_gradient(self, skipped_hidden: Tensor, grad_weight: Tensor) -> Rounds:
         """The rows of the weight's gradient that belong to the tiles of a round."""
-        step, tma = self.products.step, can_use_tma(dense_hidden)
-        weight_gradient_kernel[(self.processors,)](
+        step = self.products.step
+        return Rounds(
+            weight_gradient_kernel,
+            self.processors,
             hidden=self.hidden,
-            dense_hidden=self._blocks_of(tma, dense_hidden, step, self.products.weight_depth),
-            dz=self._blocks_of(tma, self.dz, step, self.config.block_v),
+            dense_hidden=self._blocks_of(self.tma, self.dense_hidden, step, self.products.weight_depth),
+            dz=self._dz_blocks(step, self.config.block_v),
             share=self.share,
             skipped_hidden=skipped_hidden,
             grad_peak=self.lists.grad_peak,
             grad_weight=grad_weight,
             stride_hn=self.hidden.stride(0),
             stride_hd=self.hidden.stride(1),
-            USE_TMA=tma,
+            USE_TMA=self.tma,
             BLOCK_D=self.products.weight_depth,
             **self._product(),
-            **self._round(round_index),
+            **self._lists(),
         )
 
-    def add_hidden(self, round_index: int, fixed: Tensor) -> None:
+    def hidden_gradient(self, fixed: Tensor) -> Rounds:
         """Adds the blocks of a round to the gradient of the hidden states, in fixed point."""
         products = self.products
-        hidden_gradient_kernel[(self.processors,)](
+        return Rounds(
+            hidden_gradient_kernel,
+            self.processors,
             weight=self._blocks_of(self.tma, self.weight, products.step, products.hidden_depth),
             dz=self._dz_blocks(self.config.block_n, products.step),
             lse=self.lse,
@@ -200,14 +203,20 @@ class _SparseBackward:
             weight_peak=self.weight_peak,
             fixed=fixed,
             slot_tile=self.lists.slot_tile,
+            depths_at_once=self._depths_at_once(),
             slope_bound=self.problem.logit_map.slope_bound,
             stride_wv=self.weight.stride(0),
             stride_wd=self.weight.stride(1),
             USE_TMA=self.tma,
             BLOCK_D=products.hidden_depth,
             **self._product(),
-            **self._round(round_index),
+            **self._lists(),
         )
+
+    def _depths_at_once(self) -> int:
+        """How many blocks of columns of the hidden states' gradient fit in half of the L2 cache beside what is read."""
+        column_bytes = self.problem.num_rows * self.products.hidden_depth * 4
+        return max(1, l2_cache_bytes(self.lse.device) // 2 // column_bytes)
 
     def complete_hidden(self, fixed: Tensor) -> Tensor:
         """The gradient of the hidden states, from what all rounds added and what was skipped."""
@@ -271,14 +280,13 @@ class _SparseBackward:
             "num_stages": self.config.num_stages,
         }
 
-    def _round(self, round_index: int) -> dict[str, Any]:
+    def _lists(self) -> dict[str, Any]:
         """The arguments of a kernel that works on the blocks of a round."""
         return {
             "counts": self.lists.counts,
             "slot_rows": self.lists.slot_rows,
             "tile_start": self.lists.tile_start,
             "round_tiles": self.lists.round_tiles,
-            "round_index": round_index,
             "num_tiles": self.tiles,
             "NUM_PROGRAMS": self.processors,
         }

@@ -82,7 +82,11 @@ def test_operands_on_a_gpu_and_a_cpu_are_an_error(place):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", ["equal", "1e4", "V=1", "D=1", "N=0", "N=1", "-inf bias", "certain"])
 def test_odd_numbers_and_shapes_on_a_gpu(case, dtype):
-    """Loss and gradients of the kernels against float64, no further from it than eager and some roundings."""
+    """Loss and gradients of the kernels against float64, no further from it than eager and some roundings.
+
+    Eager subtracts equal logits where a row is certain. The kernels compute a logit more than once, in float32, and
+    so the gradient of such a row is what that rounds.
+    """
     torch.manual_seed(0)
     rows = {"N=0": 0, "N=1": 1}.get(case, 40)
     vocab, width = 1 if case == "V=1" else 300, 1 if case == "D=1" else 64
@@ -112,8 +116,12 @@ def test_odd_numbers_and_shapes_on_a_gpu(case, dtype):
     def eager(h, w, b, t):
         return F.cross_entropy(F.linear(h, w, b), t, reduction="sum")
 
-    runs = gradients(ours, given), gradients(eager, given), gradients(eager, [x.double() for x in given])
-    for mine, theirs, exact in zip(*runs, strict=True):
+    h, w, b = (x.double() for x in given)
+    logits = F.linear(h, w, b).nan_to_num(neginf=0)
+    rounding = torch.finfo(torch.float32).eps * (logits.abs().max() if rows else 0)  # of each row's dz at its target
+    terms = rows, w[t].norm(), h.norm(), rows**0.5  # what it is multiplied by in the loss and each gradient
+    runs = gradients(ours, given), gradients(eager, given), gradients(eager, [h, w, b])
+    for mine, theirs, exact, term in zip(*runs, terms, strict=True):
         assert torch.equal(mine.isfinite(), exact.isfinite())
         error, eagers = ((x.double() - exact).nan_to_num().norm() for x in (mine, theirs))
-        assert error <= eagers + 2 * torch.finfo(dtype).eps * exact.nan_to_num().norm()
+        assert error <= eagers + 2 * torch.finfo(dtype).eps * exact.nan_to_num().norm() + rounding * term
