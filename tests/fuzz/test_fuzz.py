@@ -50,15 +50,14 @@ def hold(program: Program, lower: Callable | None = None) -> bool:
 
 
 def run_if_defined(function: Callable, args: tuple[Tensor, ...]) -> Run | None:
-    """What eager gives; None where that is an error, or where nan leaves nothing to compare.
+    """What eager gives; None where that is an error, there or in float64, or where nan leaves nothing to compare.
 
     In eager too: where a number overflows on the way of a gradient, inf * 0 is nan, in an order of multiplying.
     """
     try:
-        run = run_eager(function, args)
+        run, exact = run_eager(function, args), run_float64(function, args)
     except (RuntimeError, IndexError, ValueError):
         return None
-    exact = run_float64(function, args)
     if [gradient is None for gradient in exact.gradients] != [gradient is None for gradient in run.gradients]:
         return None  # a cast to the dtype that a tensor has, under no_grad: in float64 it is one that detaches
     results = [result for each in (run, exact) for result in (*each.outputs, *each.gradients) if result is not None]
