@@ -133,12 +133,22 @@ def _parse_node(node: ast.expr) -> sympy.Expr:
     )
 
 
-@functools.lru_cache(maxsize=256)
 def _affine(expr: sympy.Expr) -> tuple[float, float] | None:
-    slope = sympy.diff(expr, Z)
-    if slope.free_symbols or not slope.is_number or slope == 0:
+    """(a, c) of a * z + c. By its form: sympy's derivatives would cost each first graph of a process an import."""
+    if expr == Z:
+        return 1.0, 0.0
+    if expr.is_number:
+        return 0.0, float(expr)
+    parts = [_affine(arg) for arg in expr.args] if expr.is_Add or expr.is_Mul else [None]
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
         return None
-    return float(slope), float(expr.subs(Z, 0))
+    if expr.is_Add:
+        slopes, offsets = zip(*known, strict=True)
+        return sum(slopes), sum(offsets)
+    factor = math.prod(offset for slope, offset in known if slope == 0)
+    lines = [part for part in known if part[0] != 0]
+    return (factor * lines[0][0], factor * lines[0][1]) if len(lines) == 1 else None
 
 
 @dataclass(frozen=True)
@@ -181,7 +191,8 @@ class LogitMap:
 
     def affine(self) -> tuple[float, float] | None:
         """(a, c) where f(z) = a * z + c, or None where f is not of that form or a is zero."""
-        return _affine(self.expr)
+        line = _affine(self.expr)
+        return None if line is None or line[0] == 0 else line
 
     def then(self, step: Callable[[sympy.Expr], sympy.Expr]) -> "LogitMap":
         """The map that applies `step` to the result of this one."""

@@ -152,6 +152,24 @@ def grad_mode_of_calls(graph: Graph, subgraph: str) -> bool:
     return all(modes[call] for node in uses for call in node.users)
 
 
+def autocast_dtype(node: Node, device: str) -> torch.dtype | None:
+    """The dtype that autocast gives to matmuls on a device where a node runs; None where autocast is off."""
+    if not torch.amp.is_autocast_available(device):
+        return None
+    dtypes = [torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None]  # one a region
+    for other in node.graph.nodes:
+        if other is node:
+            break
+        name = getattr(other.target, "__name__", "")
+        if name == "_enter_autocast":
+            kind, dtype, enabled, *_ = other.args
+            inside = (dtype or torch.get_autocast_dtype(device)) if enabled else None
+            dtypes.append(inside if kind == device else dtypes[-1])
+        elif name == "_exit_autocast":
+            dtypes.pop()
+    return dtypes[-1]
+
+
 def inside_transforms(graph: Graph) -> set[Node]:
     """The nodes that run under a torch.func transform (grad, vmap, ...): Dynamo marks where each begins and ends."""
     depth, inside = 0, set()

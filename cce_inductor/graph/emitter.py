@@ -2,15 +2,17 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, Node, Proxy
 from torch.fx.node import map_arg
 from torch.fx.proxy import GraphAppendingTracer
 
-from .logits import Replay
+from .effects import autocast_dtype
+from .logits import Refused, Replay
 from .registry import tensor_of
 
 
@@ -52,8 +54,18 @@ class Emitter(GraphAppendingTracer):
             return target(*args, **kwargs)
 
     def call(self, function: Callable, *args: Any, **kwargs: Any) -> Node:
-        """One call as a node; its arguments may be nodes."""
+        """One call as a node; its arguments may be nodes. Raises `Refused` where the program's autocast rejects it."""
+        if function is torch.cat:
+            self._require_cat(map(tensor_of, args[0]))
         return self.create_node("call_function", function, args, kwargs)
+
+    def _require_cat(self, tensors: Iterable[Tensor]) -> None:
+        """Autocast raises an error at 16-bit floats other than its own."""
+        assert self._origin is not None
+        for tensor in tensors:
+            dtype, autocast = tensor.dtype, autocast_dtype(self._origin, tensor.device.type)
+            if autocast is not None and dtype.is_floating_point and dtype.itemsize == 2 and dtype != autocast:
+                raise Refused(f"{dtype} operands would be concatenated under autocast to {autocast}; use one dtype")
 
     def proxy(self, node: Node) -> Proxy:
         return Proxy(node, self)

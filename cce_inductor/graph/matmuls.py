@@ -23,8 +23,10 @@ def start(node: Node, grad_modes: dict[Node, bool]) -> DeferredLogits | None:
     grad_modes: whether gradients are recorded, for every node.
     """
     form = FORMS.get(operation(node))
+    if form is None:
+        return None
     output = tensor_of(node)
-    if form is None or type(output) is not FakeTensor or output.dtype not in COMPUTE_DTYPES or output.dim() == 0:
+    if type(output) is not FakeTensor or output.dtype not in COMPUTE_DTYPES or output.dim() == 0:
         return None
     try:
         operands = form(*node.args, **node.kwargs)

@@ -6,6 +6,7 @@ One call adds up the gradient of the weight in float32. Several would each make 
 The joint call takes the place of the last one; what is computed from the results of the others moves behind it.
 """
 
+import contextlib
 import operator
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..ops.problem import Reductions
 from ..report import log
 from .effects import PURE, first_write, grad_modes, shares_memory, written
 from .emitter import Emitter
+from .logits import Refused
 from .registry import operation, out_of_place, tensor_of
 
 HIDDEN, WEIGHT, TARGET = 0, 1, 3  # places among the operator's arguments
@@ -51,8 +53,9 @@ def _merge_calls(graph: Graph, joined: dict[Node, Node]) -> None:
     for calls in groups.values():
         users = _users_before(calls[-1], calls[:-1])
         if len(calls) > 1 and _may_move(calls, users, modes):
-            joint = _merge(calls, users, modes[calls[-1]])
-            joined.update(dict.fromkeys(calls, joint))
+            with contextlib.suppress(Refused):
+                joint = _merge(calls, users, modes[calls[-1]])
+                joined.update(dict.fromkeys(calls, joint))
 
 
 def _key(call: Node, grad_enabled: bool) -> tuple:

@@ -31,6 +31,8 @@ ALIASES = {
     "__getitem__": "getitem", "view_as": "view", "reshape_as": "view", "clip": "clamp",
     "absolute": "abs", "greater": "gt", "less": "lt", "and_": "bitwise_and", "or_": "bitwise_or",
 }  # fmt: skip
+# Attributes of tensors as Dynamo writes them from torch 2.14 on; before, as getattr(x, "T").
+ATTRIBUTES = {torch.ops.aten.numpy_T: "T", torch.ops.aten.mT: "mT"}
 NAMESPACES = (torch, F, nn_functions, torch.special, torch.functional, operator, torch.Tensor)
 
 
@@ -69,6 +71,8 @@ def operation(node: Node) -> str:
         return node.op
     if target is getattr and isinstance(node.args[1], str):
         return node.args[1]
+    if target in ATTRIBUTES:
+        return ATTRIBUTES[target]
     name = getattr(target, "__name__", str(target)).removeprefix("special_")
     if not _is_torch(target, name):
         return f"{getattr(target, '__module__', '')}.{name}".lstrip(".")

@@ -61,23 +61,25 @@ class Site:
 
 def find_sites(graph: Graph) -> list[Site]:
     """All matmuls of a graph as sites, most of them without any reduction."""
-    position = {node: i for i, node in enumerate(graph.nodes)}
+    nodes = list(graph.nodes)
+    position = {node: i for i, node in enumerate(nodes)}
     modes, dead = grad_modes(graph), dead_nodes(graph)
     sites: list[Site] = []
     others: dict[Node, Any] = {}
-    for node in graph.nodes:
+    for node in nodes:
         logits = matmuls.start(node, modes)
         if logits is not None:
-            sites.append(_follow(logits, position, others, dead))
+            sites.append(_follow(logits, nodes, position, others, dead))
     return sites
 
 
-def _follow(logits: DeferredLogits, position: dict[Node, int], others: dict[Node, Any], dead: set[Node]) -> Site:
+def _follow(
+    logits: DeferredLogits, nodes: list[Node], position: dict[Node, int], others: dict[Node, Any], dead: set[Node]
+) -> Site:
     """others: the deferred values of the sites before, to which this one's are added. dead: go with the logits."""
     site = Site(logits)
     values: dict[Node, Any] = {logits.matmul: logits}
     queue = [position[logits.matmul]]
-    nodes = list(position)
     queued = set(queue)
     while queue:
         node = nodes[heapq.heappop(queue)]

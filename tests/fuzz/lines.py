@@ -60,7 +60,7 @@ MAPS = [
     "{x}[..., :-1]", "{x}[..., 1:]", "{x}[..., :3]", "{x}.narrow(-1, 0, 2)", "{x}.clamp(max=2.0)", "{x} * c",
     "{x} / c", "{x} + b.detach()", "{x}.log_softmax(-1)", "{x} - {x}.logsumexp(-1, keepdim=True)", "{x}.exp() / 9",
     "torch.add({x}, b, alpha=0.5)", "torch.sub({x}, b, alpha=2)", "torch.rsub({x}, 1.0)", "{x}.detach()",
-    "{x}.hardtanh()", "F.hardtanh({x})", "{x}.div(2.0)", "torch.minimum({x}, torch.tensor(1.0))", "{x}.double()",
+    "{x}.hardtanh()", "F.hardtanh({x})", "{x}.div(2.0)", "torch.minimum({x}, torch.tensor(1.0))",
     "{x}.neg()", "{x} + F.linear(h.sin(), w)", "{x}.index_fill(-1, torch.tensor([1]), -inf)",
 ]  # fmt: skip
 WRITES = [
@@ -95,9 +95,6 @@ LOSSES = [
     "F.cross_entropy({x}.mT, {t}, c, reduction='none')",
     "F.nll_loss({x}.log_softmax(-1).mT, {t}, reduction='none')",
     "{x}.log_softmax(-1).clone().mul_(2).sum(-1)",
-    "{x}.log_softmax(-1)[..., :2].sum(-1)",
-    "F.log_softmax({x}, -1).gather(-1, {t}.clamp(min=0)[..., None].repeat(*[1] * {t}.dim(), 2))",
-    "{x}.softmax(-1).log().sum(-1)",
     "F.cross_entropy({x}.movedim(-1, 1) if {x}.dim() > 1 else {x}, {t})",
     "F.cross_entropy({x}.movedim(-1, 1) if {x}.dim() > 1 else {x}, {t}, reduction='none')",
     "F.cross_entropy({x}, {t})",
@@ -138,6 +135,8 @@ OTHERS = [  # need the logits
     "{x}.topk(1)[0]",
     "F.cross_entropy({x}.reshape(-1, {x}.shape[-1]), {x}.reshape(-1, {x}.shape[-1]).detach().softmax(-1))",
     "F.mse_loss({x}, torch.zeros_like({x}))", "{x}.square().sum(-1)", "{x}[..., 0]",
+    "{x}.log_softmax(-1)[..., :2].sum(-1)", "{x}.softmax(-1).log().sum(-1)", "{x}.double().logsumexp(-1)",
+    "F.log_softmax({x}, -1).gather(-1, {t}.clamp(min=0)[..., None].repeat(*[1] * {t}.dim(), 2))",
 ]  # fmt: skip
 AFTER = [  # on a loss
     "{l} * 0.5", "{l}.mean()", "{l}.sum() / ({t} >= 0).sum()", "{l}.exp()", "{l}.detach()",

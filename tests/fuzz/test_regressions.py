@@ -1,8 +1,11 @@
 """Programs that random testing found to go wrong, shrunk."""
 
+import contextlib
+
+import pytest
 import torch
 import torch.nn.functional as F
-from helpers import check, hidden, labels, weight
+from helpers import check, check_refused, hidden, labels, weight
 from torch.utils.checkpoint import checkpoint
 
 
@@ -31,3 +34,26 @@ def test_a_checkpoint_without_gradients():
             return checkpoint(loss, h, w, t, use_reentrant=False)
 
     check(program, hidden(), weight(), labels())
+
+
+@pytest.mark.parametrize("around", [False, True])
+def test_float16_products_under_autocast_to_bfloat16_are_not_joined(around):
+    """Autocast's `torch.cat` raises an error at float16 there."""
+
+    def program(h, w, t):
+        with contextlib.nullcontext() if around else torch.autocast("cpu", torch.bfloat16):
+            return sum(F.cross_entropy(F.linear(h[i], w), t[i]) for i in range(2))
+
+    half = [tensor.detach().half().requires_grad_() for tensor in (hidden(), weight())]
+    with torch.autocast("cpu", torch.bfloat16, enabled=around):
+        check(program, *half, labels(), rewrites=2, calls=2, logits_in_memory=True)
+
+
+def test_a_sum_of_float16_products_whose_loss_is_under_autocast_to_bfloat16():
+    def program(h, w, t):
+        logits = F.linear(h, w) + F.linear(h.sin(), w)  # <-
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.cross_entropy(logits.flatten(0, 1), t.flatten())
+
+    half = [tensor.detach().half().requires_grad_() for tensor in (hidden(), weight())]
+    check_refused(program, *half, labels(), operation="cross_entropy", reason="concatenated under autocast")

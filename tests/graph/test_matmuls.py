@@ -15,6 +15,8 @@ SPELLINGS = {
     "matmul_by_keyword": lambda h, w: torch.matmul(input=h, other=w.T),
     "at": lambda h, w: h @ w.T,
     "at_mT": lambda h, w: h @ w.mT,
+    "at_T_of_later_torch": lambda h, w: h @ torch.ops.aten.numpy_T(w),  # Dynamo's x.T from torch 2.14 on
+    "at_mT_of_later_torch": lambda h, w: h @ torch.ops.aten.mT(w),
     "at_transpose": lambda h, w: h @ w.transpose(0, 1),
     "at_transpose_negative": lambda h, w: h @ w.transpose(-1, -2),
     "at_permute": lambda h, w: h @ w.permute(1, 0),

@@ -201,7 +201,7 @@ def test_stacked_heads_of_which_one_is_read_as_a_whole():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
-@pytest.mark.parametrize("transpose", [lambda x: x.t(), lambda x: x.T, lambda x: x.transpose(0, 1)])
+@pytest.mark.parametrize("transpose", [torch.t, lambda x: x.T, lambda x: x.transpose(0, 1), torch.ops.aten.numpy_T])
 def test_both_directions_of_a_contrastive_loss(transpose, dtype):
     """CLIP: a loss along each dimension of one product, with a learned temperature."""
 
