@@ -26,7 +26,7 @@ class Results:
     """
 
     lse: Vector
-    picked: Vector
+    picked: Vector  # [N, K] for K classes of each row
     total: Vector
     maximum: Vector
     argmax: Vector
@@ -62,6 +62,7 @@ class Reduction:
     reads_ignored: bool = True  # whether rows whose target is ignore_index matter to it
     weighted_sum: "WeightedSum | None" = None  # the same, where it is one
     from_end: bool = False  # negative targets count from the end of the vocabulary, as in indexing
+    several: bool = False  # the last dimension of the target holds several classes for each row
 
     @property
     def name(self) -> str:
@@ -155,23 +156,23 @@ def gather(call: Call, input: DeferredLogits, *args: Any, sparse_grad: bool = Fa
     dim, index = _gather_arguments(call.node, *args, **kwargs)
     shape = list(tensor_of(index).shape)
     picks = shape.pop(input.vocab_dim)
-    if input.dim(dim) != input.vocab_dim or picks != 1 or not input.has_rows(shape):
-        raise Refused(
-            "it picks other than one class for each row; only gather of one class along the vocabulary is known"
-        )
+    if input.dim(dim) != input.vocab_dim or not input.has_rows(shape):
+        raise Refused("it picks no classes of some rows, or along another dimension; gather along the vocabulary")
+    several = not isinstance(picks, int) or picks != 1
+    if several and input.vocab_dim != input.ndim - 1:
+        raise Refused("it picks several classes along another dimension than the last; move the vocabulary last")
+    return pick(call, input, index, several=several)
 
-    return pick(call, input, index)
 
-
-def pick(call: Call, input: DeferredLogits, index: Node, from_end: bool = False) -> Reduction:
-    """One class for each row, in the shape of the index."""
+def pick(call: Call, input: DeferredLogits, index: Node, *, several: bool = False, from_end: bool = False) -> Reduction:
+    """One class for each row, or several in the last dimension of the index, in the shape of the index."""
 
     def build(results: Results) -> Vector:
-        log_probability = results.picked - results.lse - results.lse_rest
-        picked = log_probability if input.normalized else results.picked.clone()
+        lse, rest = (v.unsqueeze(-1) if several else v for v in (results.lse, results.lse_rest))
+        picked = results.picked - lse - rest if input.normalized else results.picked.clone()
         return picked.view_as(results.proxy(index))
 
-    return Reduction(call.node, input, build, index, is_loss=input.normalized, from_end=from_end)
+    return Reduction(call.node, input, build, index, several=several, is_loss=input.normalized, from_end=from_end)
 
 
 def _gather_arguments(node: Node, *args: Any, **kwargs: Any) -> tuple[int, Node]:
