@@ -168,11 +168,17 @@ def pick(call: Call, input: DeferredLogits, index: Node, *, several: bool = Fals
     """One class for each row, or several in the last dimension of the index, in the shape of the index."""
 
     def build(results: Results) -> Vector:
-        lse, rest = (v.unsqueeze(-1) if several else v for v in (results.lse, results.lse_rest))
-        picked = results.picked - lse - rest if input.normalized else results.picked.clone()
-        return picked.view_as(results.proxy(index))
+        return log_probability(input, results, several).view_as(results.proxy(index))
 
     return Reduction(call.node, input, build, index, several=several, is_loss=input.normalized, from_end=from_end)
+
+
+def log_probability(x: DeferredLogits, results: Results, several: bool = False) -> Vector:
+    """Of the target, [N] or [N, K]; its logit where no log-probabilities are asked for."""
+    if not x.normalized:
+        return results.picked.clone()
+    lse, rest = (v.unsqueeze(-1) if several else v for v in (results.lse, results.lse_rest))
+    return results.picked - lse - rest
 
 
 def _gather_arguments(node: Node, *args: Any, **kwargs: Any) -> tuple[int, Node]:
@@ -201,10 +207,14 @@ def total(call: Call, input: DeferredLogits, dim: Any = None, keepdim: bool = Fa
     divisor = input.vocab_size if operation(call.node) == "mean" else 1
 
     def build(results: Results) -> Vector:
-        value = results.total - input.vocab_size * results.lse if input.normalized else results.total
-        return in_rows(input, value / divisor, results, keepdim)
+        return in_rows(input, total_of(input, results) / divisor, results, keepdim)
 
     return Reduction(call.node, input, build, want_total=True, is_loss=input.normalized)
+
+
+def total_of(x: DeferredLogits, results: Results) -> Vector:
+    """The sum over the vocabulary, whose size is constant, of logits or of log-probabilities."""
+    return results.total - x.vocab_size * results.lse if x.normalized else results.total
 
 
 def in_rows(x: DeferredLogits, value: Vector, results: Results, keepdim: bool) -> Vector:

@@ -17,7 +17,7 @@ from ..ops.problem import Reductions
 from ..options import Options
 from ..report import Rewrite
 from . import in_forward, words
-from .effects import first_write, written
+from .effects import first_write, with_makers, written
 from .emitter import Emitter
 from .logits import Refused
 from .reductions import Reduction, Results
@@ -98,7 +98,7 @@ class Rewriting:
     @property
     def loose(self) -> set[Node]:
         """The nodes that the rewrite leaves behind, or has made, some of them unused."""
-        return {*self._site.chain, *self._emitter.nodes}
+        return {*with_makers(self._site.chain), *self._emitter.nodes}
 
 
 def finish(graph: Graph, rewritings: list[Rewriting]) -> None:
