@@ -6,6 +6,7 @@ Dynamo's graphs are not functional yet, so moving a computation past a write, or
 import contextlib
 import functools
 import inspect
+import itertools
 import operator
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -14,22 +15,24 @@ import torch
 from torch.fx import Graph, Node
 
 from ..compat import HigherOrderOperator, OpOverload, OpOverloadPacket, is_mutable
-from .registry import operation, tensor_of
+from .registry import operation, out_of_place, tensor_of
 
 _INPLACE_OPERATORS = {
     getattr(operator, name) for name in dir(operator) if name.startswith("i") and name not in ("is_", "is_not", "inv")
 } - {operator.index, operator.indexOf, operator.invert, operator.itemgetter, operator.is_}
 
 
+# Operations that make a tensor of numbers that are known.
+NEW = {"empty", "empty_like", "full", "full_like", "new_empty", "new_full", "new_zeros", "zeros", "zeros_like"}
 # Operations such as prepare targets and arrange logits, which may be moved or left out: no writes, no randomness.
-PURE = {
-    "add", "any", "arange", "bitwise_and", "bitwise_not", "bitwise_or", "bool", "cat", "chunk", "clamp",
-    "clamp_max", "clamp_min", "clone", "contiguous", "cumsum", "detach", "eq", "expand", "flatten", "flip", "float",
-    "floordiv", "full", "full_like", "gather", "ge", "getitem", "gt", "index_select", "int", "invert", "le",
-    "logical_and", "logical_not", "logical_or", "long", "lt", "masked_fill", "movedim", "mul", "narrow", "ne", "neg",
-    "new_full", "new_ones", "new_zeros", "ones", "ones_like", "pad", "permute", "remainder", "repeat", "reshape",
-    "roll", "select", "shape", "size", "split", "squeeze", "stack", "sub", "sum", "t", "to", "transpose", "tril",
-    "triu", "type_as", "unbind", "unflatten", "unsqueeze", "view", "where", "xor", "zeros", "zeros_like",
+PURE = NEW | {
+    "add", "any", "arange", "bitwise_and", "bitwise_not", "bitwise_or", "bool", "cat", "chunk", "clamp", "clamp_max",
+    "clamp_min", "clone", "contiguous", "cumsum", "detach", "div", "eq", "expand", "fill", "flatten", "flip", "float",
+    "floordiv", "gather", "ge", "getitem", "gt", "index_select", "int", "invert", "le", "logical_and", "logical_not",
+    "logical_or", "long", "lt", "masked_fill", "movedim", "mul", "narrow", "ne", "neg", "new_ones", "one_hot", "ones",
+    "ones_like", "pad", "permute", "remainder", "repeat", "reshape", "roll", "scatter", "select", "shape", "size",
+    "split", "squeeze", "stack", "sub", "sum", "t", "to", "transpose", "tril", "triu", "type_as", "unbind",
+    "unflatten", "unsqueeze", "view", "where", "xor",
 }  # fmt: skip
 
 
@@ -105,9 +108,33 @@ def dead_nodes(graph: Graph) -> set[Node]:
     return dead
 
 
+def with_makers(nodes: Iterable[Node]) -> set[Node]:
+    """Nodes, and those that need not run where only these read what they make, as the one-hot rows of labels."""
+    found = set(nodes)
+    stack = list(found)
+    while stack:
+        node = stack.pop()
+        makers = [*node.all_input_nodes, *(user for user in node.users if node in written(user))]
+        new = {maker for maker in makers if _only_makes(maker)} - found
+        found |= new
+        stack += new
+    return found
+
+
+def _only_makes(node: Node) -> bool:
+    """Whether a node has no effect but its value; it may write to a tensor that the graph has made."""
+    return out_of_place(operation(node)) in PURE and all(operation(target) in NEW for target in written(node))
+
+
 def never_written_after(node: Node, tensor: Node) -> bool:
     """Whether a tensor that a node reads, and may copy, keeps its value to the end of the graph."""
     return first_write(_from(node), [tensor]) is None
+
+
+def writes_between(node: Node, reader: Node) -> list[Node]:
+    """The nodes that write to the memory of a node's value before another node."""
+    later = itertools.takewhile(lambda n: n is not reader, _from(node.next))
+    return [n for n in later if any(shares_memory(node, target) for target in written(n))]
 
 
 def _from(node: Node) -> Iterator[Node]:

@@ -363,6 +363,13 @@ class DeferredLogits:
 
 
 @dataclass(frozen=True)
+class Shaped:
+    """A tensor that is made of the shape or dtype of the logits and of nothing else of them."""
+
+    kind: ClassVar = "shaped"
+
+
+@dataclass(frozen=True)
 class Stacked:
     """Logits of several products stacked along a dimension; None stands for those of other sites."""
 

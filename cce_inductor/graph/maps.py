@@ -16,6 +16,7 @@ from .matmuls import is_vocab_vector, vocab_vector
 from .reductions import Reduction
 from .registry import Call, operation, out_of_place, rule, tensor_of
 from .softmax import Floored, Probabilities, Scaled
+from .targets import Weighted, weighted
 
 
 def with_dtype(call: Call, x: DeferredLogits) -> DeferredLogits:
@@ -60,11 +61,12 @@ def _logits_and_other(a: Any, b: Any) -> tuple[DeferredLogits, Any]:
 
 
 @rule("mul")
-def mul(call: Call, a: Any, b: Any) -> DeferredLogits | Scaled:
+def mul(call: Call, a: Any, b: Any) -> DeferredLogits | Scaled | Weighted:
     x, factor = _logits_and_other(a, b)
     if x.normalized and isinstance(factor, int | float):
         return Scaled(x, factor)
-    return with_dtype(call, _scaled(x, factor, operator.mul, torch.mul))
+    product = weighted(call, x, factor)
+    return with_dtype(call, _scaled(x, factor, operator.mul, torch.mul)) if product is None else product
 
 
 @rule("div")

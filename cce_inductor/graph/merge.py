@@ -63,7 +63,8 @@ def _key(call: Node, grad_enabled: bool) -> tuple:
     hidden, target = tensor_of(call.args[HIDDEN]), call.args[TARGET]
     shared = tuple(map(_expression, (arg for i, arg in enumerate(call.args) if i not in (HIDDEN, TARGET))))
     how = sorted((name, value) for name, value in call.kwargs.items() if name != "skip_ignored")
-    return shared, target is None, hidden.dtype, hidden.requires_grad, grad_enabled, str(how)
+    picks = None if target is None else str(tensor_of(target).shape[1:])
+    return shared, picks, hidden.dtype, hidden.requires_grad, grad_enabled, str(how)
 
 
 def _expression(arg: Any) -> Any:

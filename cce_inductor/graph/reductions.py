@@ -26,7 +26,7 @@ class Results:
     """
 
     lse: Vector
-    picked: Vector
+    picked: Vector  # [N, K] for K classes of each row
     total: Vector
     maximum: Vector
     argmax: Vector
@@ -62,6 +62,7 @@ class Reduction:
     reads_ignored: bool = True  # whether rows whose target is ignore_index matter to it
     weighted_sum: "WeightedSum | None" = None  # the same, where it is one
     from_end: bool = False  # negative targets count from the end of the vocabulary, as in indexing
+    several: bool = False  # the last dimension of the target holds several classes for each row
 
     @property
     def name(self) -> str:
@@ -155,23 +156,29 @@ def gather(call: Call, input: DeferredLogits, *args: Any, sparse_grad: bool = Fa
     dim, index = _gather_arguments(call.node, *args, **kwargs)
     shape = list(tensor_of(index).shape)
     picks = shape.pop(input.vocab_dim)
-    if input.dim(dim) != input.vocab_dim or picks != 1 or not input.has_rows(shape):
-        raise Refused(
-            "it picks other than one class for each row; only gather of one class along the vocabulary is known"
-        )
+    if input.dim(dim) != input.vocab_dim or not input.has_rows(shape):
+        raise Refused("it picks no classes of some rows, or along another dimension; gather along the vocabulary")
+    several = not isinstance(picks, int) or picks != 1
+    if several and input.vocab_dim != input.ndim - 1:
+        raise Refused("it picks several classes along another dimension than the last; move the vocabulary last")
+    return pick(call, input, index, several=several)
 
-    return pick(call, input, index)
 
-
-def pick(call: Call, input: DeferredLogits, index: Node, from_end: bool = False) -> Reduction:
-    """One class for each row, in the shape of the index."""
+def pick(call: Call, input: DeferredLogits, index: Node, *, several: bool = False, from_end: bool = False) -> Reduction:
+    """One class for each row, or several in the last dimension of the index, in the shape of the index."""
 
     def build(results: Results) -> Vector:
-        log_probability = results.picked - results.lse - results.lse_rest
-        picked = log_probability if input.normalized else results.picked.clone()
-        return picked.view_as(results.proxy(index))
+        return log_probability(input, results, several).view_as(results.proxy(index))
 
-    return Reduction(call.node, input, build, index, is_loss=input.normalized, from_end=from_end)
+    return Reduction(call.node, input, build, index, several=several, is_loss=input.normalized, from_end=from_end)
+
+
+def log_probability(x: DeferredLogits, results: Results, several: bool = False) -> Vector:
+    """Of the target, [N] or [N, K]; its logit where no log-probabilities are asked for."""
+    if not x.normalized:
+        return results.picked.clone()
+    lse, rest = (v.unsqueeze(-1) if several else v for v in (results.lse, results.lse_rest))
+    return results.picked - lse - rest
 
 
 def _gather_arguments(node: Node, *args: Any, **kwargs: Any) -> tuple[int, Node]:
@@ -200,10 +207,14 @@ def total(call: Call, input: DeferredLogits, dim: Any = None, keepdim: bool = Fa
     divisor = input.vocab_size if operation(call.node) == "mean" else 1
 
     def build(results: Results) -> Vector:
-        value = results.total - input.vocab_size * results.lse if input.normalized else results.total
-        return in_rows(input, value / divisor, results, keepdim)
+        return in_rows(input, total_of(input, results) / divisor, results, keepdim)
 
     return Reduction(call.node, input, build, want_total=True, is_loss=input.normalized)
+
+
+def total_of(x: DeferredLogits, results: Results) -> Vector:
+    """The sum over the vocabulary, whose size is constant, of logits or of log-probabilities."""
+    return results.total - x.vocab_size * results.lse if x.normalized else results.total
 
 
 def in_rows(x: DeferredLogits, value: Vector, results: Results, keepdim: bool) -> Vector:

@@ -22,7 +22,7 @@ from .logits import Refused
 Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}
 # The rules of these take the logits in any place; those of all others take them first.
-ANY_OPERAND = ("mul", "div", "add", "sub", "where", "stack")
+ANY_OPERAND = ("mul", "div", "add", "sub", "where", "stack", "broadcast_tensors", "gather", "type_as")
 
 # Operations under another name, in torch, in Python or as a method of a tensor.
 ALIASES = {

@@ -17,7 +17,7 @@ from ..ops.problem import Reductions
 from ..options import Options
 from ..report import Rewrite
 from . import in_forward, words
-from .effects import first_write, written
+from .effects import first_write, with_makers, written
 from .emitter import Emitter
 from .logits import Refused
 from .reductions import Reduction, Results
@@ -98,7 +98,7 @@ class Rewriting:
     @property
     def loose(self) -> set[Node]:
         """The nodes that the rewrite leaves behind, or has made, some of them unused."""
-        return {*self._site.chain, *self._emitter.nodes}
+        return {*with_makers(self._site.chain), *self._emitter.nodes}
 
 
 def finish(graph: Graph, rewritings: list[Rewriting]) -> None:
@@ -194,10 +194,10 @@ def _in_dtype_of(node: Node, value: Proxy) -> Node:
 
 
 def _flat_target(sweep: Sweep, emitter: Emitter) -> Node | None:
-    """The classes [N] as the operator takes them: int64, none negative but what is ignored."""
+    """The classes [N], or [N, K], as the operator takes them: int64, none negative but what is ignored."""
     if sweep.target is None:
         return None
-    flat = emitter.call(torch.flatten, sweep.target)
+    flat = emitter.as_matrix(sweep.target) if sweep.several else emitter.call(torch.flatten, sweep.target)
     flat = flat if tensor_of(flat).dtype == torch.int64 else emitter.call(torch.Tensor.long, flat)
     if not sweep.targets_from_end:
         return flat

@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from ..compat import constant_size
 from .effects import never_written_after
-from .logits import DeferredLogits, Refused
+from .logits import DeferredLogits, Refused, Shaped
 from .reductions import pick
 from .registry import Call, operation, rule, tensor_of
 
@@ -16,8 +16,10 @@ FULL = slice(None, None, None)
 
 
 @rule("contiguous", "clone", "alias", "cuda", "cpu", "float", "half", "bfloat16", "double", "to", "type", "type_as")
-def convert(call: Call, x: DeferredLogits, *_: Any, **__: Any) -> DeferredLogits:
+def convert(call: Call, x: Any, *_: Any, **__: Any) -> DeferredLogits | Shaped:
     """Copies and casts: only the dtype that comes out matters."""
+    if not isinstance(x, DeferredLogits):  # another tensor takes the dtype of the logits
+        return Shaped()
     source = x.matmul.meta["example_value"]
     if not isinstance(call.output, torch.Tensor) or call.output.device != source.device:
         raise Refused("the logits move to another device")

@@ -123,7 +123,7 @@ def log(call: Call, p: Probabilities) -> None:
     raise Refused("the log of a softmax is -inf where a probability is rounded to zero; use log_softmax")
 
 
-@rule("softmax.mul", "scaled.mul", "floored.mul", "product.mul")
+@rule("floored.mul", "product.mul")
 def times(call: Call, a: Any, b: Any) -> Any:
     """By a number; probabilities by the logits that they are of, or by their logs."""
     for x, number in ((a, b), (b, a)):

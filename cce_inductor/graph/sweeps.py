@@ -16,7 +16,7 @@ from .sites import Site
 
 @dataclass
 class Sweep:
-    """Reductions that one operator call serves: at most one target and one total over the classes.
+    """Reductions that one operator call serves: at most one tensor of targets and one total over the classes.
 
     They are of the same logits, or of some of their rows.
     """
@@ -31,6 +31,11 @@ class Sweep:
     @property
     def target(self) -> Node | None:
         return self.find("target")
+
+    @property
+    def several(self) -> bool:
+        """Whether the targets are several classes of each row."""
+        return any(reduction.several for reduction in self.reductions)
 
     @property
     def targets_from_end(self) -> bool:
@@ -57,8 +62,8 @@ class Sweep:
         same_target = (
             self.target is None
             or other.target is None
-            or (_flat_source(self.target), self.find("ignore_index"), self.targets_from_end)
-            == (_flat_source(other.target), other.ignore_index, other.from_end)
+            or (_flat_source(self.target), self.several, self.find("ignore_index"), self.targets_from_end)
+            == (_flat_source(other.target), other.several, other.ignore_index, other.from_end)
         )
         same_total = not (self.want_total and other.want_total) or self.find("total_weight") is other.total_weight
         if not (same_target and same_total):

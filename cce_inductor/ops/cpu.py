@@ -64,11 +64,16 @@ def check_targets(problem: Problem) -> None:
 
 
 def _in_block(index: Tensor, columns: slice, ignore_index: int | None = None) -> tuple[Tensor, Tensor]:
-    """(index [rows, 1] into the block's columns, whether [rows, 1] it lies in them and counts), for one class a row."""
+    """(index [rows, K] into the block's columns, whether [rows, K] it lies in them and counts), for K classes a row."""
     inside = (index >= columns.start) & (index < columns.stop)
     if ignore_index is not None:
         inside &= index != ignore_index
-    return torch.where(inside, index - columns.start, 0).unsqueeze(1), inside.unsqueeze(1)
+    return _as_columns(torch.where(inside, index - columns.start, 0)), _as_columns(inside)
+
+
+def _as_columns(values: Tensor) -> Tensor:
+    """[rows] as [rows, 1]; [rows, K] as it is."""
+    return values.unsqueeze(1) if values.dim() == 1 else values
 
 
 def forward(problem: Problem) -> Reductions:
@@ -93,7 +98,7 @@ def reduce_rows(problem: Problem, group: slice, block_rows: int, block_columns: 
     """The reductions of a group of rows, from those of the vocabulary slices."""
     slices = list(spans(problem.vocab_size, block_columns))
     row_count = group.stop - group.start
-    picked = problem.zeros(row_count)
+    picked = problem.zeros(row_count, *(() if problem.target is None else problem.target.shape[1:]))
     slice_peak, slice_sum, slice_total = (problem.zeros(len(slices), row_count) for _ in range(3))
     slice_spread = problem.zeros(len(slices) if problem.want_entropy else 0, row_count)
     maximum = problem.zeros(row_count if problem.want_max else 0).fill_(-torch.inf)
@@ -106,7 +111,7 @@ def reduce_rows(problem: Problem, group: slice, block_rows: int, block_columns: 
             x = problem.logit_map(_preactivations(problem, rows, columns, weight, place, again=False))
             if problem.target is not None:
                 index, inside = _in_block(problem.target[rows], columns, problem.ignore_index)
-                picked[here] += torch.where(inside, x.gather(1, index), 0.0).squeeze(1)
+                _as_columns(picked)[here] += torch.where(inside, x.gather(1, index), 0.0)
             if problem.want_total:
                 slice_total[number, here] = _weighted_sum(problem, x, columns)
             if problem.want_max:
@@ -193,7 +198,7 @@ def backward(
 
 def gradient_of(problem: Problem, lse: Tensor, grads: RowGradients, kept: KeptLogits) -> Fill:
     """Computes blocks of dz for the gradients of the results: from kept logits, or anew."""
-    grad_lse, grad_picked, grad_total = (g.unsqueeze(1) for g in grads[:3])
+    grad_lse, grad_picked, grad_total = map(_as_columns, (grads.lse, grads.picked, grads.total))
 
     def fill(rows: slice, columns: slice, weight: Tensor, dz: Tensor, grad_bias: Tensor | None) -> None:
         z = _preactivations(problem, rows, columns, weight, kept.block(rows, columns), again=True)

@@ -31,11 +31,12 @@ def supported(problem: Problem) -> bool:
     """Whether the Triton kernels cover the problem; `cpu.py` computes the rest with ATen on the same device.
 
     Not covered: float64; float32, where cuBLAS is faster than a Triton kernel without tensor cores, and its TF32
-    rounds the operands where Triton cuts them off; empty operands.
+    rounds the operands where Triton cuts them off; several targets of each row; empty operands.
     """
     on_gpu = problem.hidden.is_cuda  # elsewhere Triton's interpreter runs the kernels, and float32 is its best dtype
     dtypes = (torch.bfloat16, torch.float16) if on_gpu else (torch.bfloat16, torch.float16, torch.float32)
-    return problem.compute_dtype in dtypes and min(problem.num_rows, problem.vocab_size, problem.width) > 0
+    empty = min(problem.num_rows, problem.vocab_size, problem.width) == 0
+    return problem.compute_dtype in dtypes and not problem.several_targets and not empty
 
 
 def kept_tiles(

@@ -3,6 +3,8 @@
     cce_inductor::vocab_reductions(hidden [N, D], weight [V, D], bias [V]?, target [N]?, total_weight [V]?, ...)
         -> lse [N], picked [N], total [N], maximum [N], argmax [N], entropy [N], lse_rest [N], tile_lse [tiles, N]
 
+A target [N, K] picks K classes of each row, in the same pass: picked is [N, K] then.
+
     cce_inductor::scaled_loss(hidden [N, D], weight [V, D], bias [V]?, target [N], coefficient [N], ...)
         -> loss [], grad_hidden [N, D], grad_weight [V, D], grad_bias [V]
 
@@ -122,9 +124,15 @@ def _scaled_loss(
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _refuse_tangents(hidden, weight, bias, coefficient)
+    _check_coefficients(target, coefficient)
     with _plain_context(hidden):
         problem = Problem.of(hidden, weight, bias, target, None, want_total=False, skip_ignored=True, **options)
         return in_forward.loss_and_gradients(problem, coefficient.to(problem.accumulate_dtype), needs_grad)
+
+
+def _check_coefficients(target: Tensor, coefficient: Tensor) -> None:
+    if target.dim() != 1 or coefficient.dim() != 1:
+        raise ValueError(f"a target and a coefficient a row are needed, got {target.dim()}-D and {coefficient.dim()}-D")
 
 
 for _key, _implementation in (("CPU", cpu), ("CUDA", cuda)):
@@ -161,9 +169,11 @@ def _forward_fake(
     def vector(wanted: bool = True, dtype: torch.dtype = sums) -> Tensor:
         return hidden.new_empty((rows if wanted else 0,), dtype=dtype)
 
+    picks = () if target is None else target.shape[1:]
+
     return Reductions(
         lse=vector(),
-        picked=vector(),
+        picked=hidden.new_empty((rows, *picks), dtype=sums),
         total=vector(),
         maximum=vector(want_max),
         argmax=vector(want_max, torch.int64),
@@ -218,6 +228,7 @@ def _scaled_loss_fake(
     **_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check(hidden, weight, bias, target, None, compute_dtype)
+    _check_coefficients(target, coefficient)
     LogitMap.parse(logit_map)
     loss = hidden.new_empty((), dtype=accumulate_dtype(compute_dtype))
     return loss, *_empty_gradients(hidden, weight, bias, needs_grad)
@@ -242,8 +253,10 @@ def _gradients(
     *__: None,
 ) -> tuple:
     needs_grad = list(ctx.needs_input_grad[:3])
-    lse_rest, argmax, entropy, lse, *saved = ctx.saved_tensors
-    grads = [torch.zeros_like(lse) if grad is None else grad for grad in (grad_lse, grad_picked, grad_total)]
+    lse_rest, argmax, entropy, lse, tile_lse, *inputs = ctx.saved_tensors
+    target = lse if inputs[3] is None else inputs[3]
+    shaped_like = ((grad_lse, lse), (grad_picked, target), (grad_total, lse))
+    grads = [lse.new_zeros(like.shape) if grad is None else grad for grad, like in shaped_like]
     # exp(x - lse - lse_rest) and x - lse - lse_rest without a pass over the logits
     scale = torch.exp(-lse_rest)
     grads[0] = grads[0] * scale
@@ -251,8 +264,8 @@ def _gradients(
     grad_entropy = grad_entropy if ctx.options.get("want_entropy") else None
     if grad_entropy is not None:
         grad_entropy, entropy = grad_entropy * scale, entropy - lse_rest
-    results = (grad_maximum, grad_entropy, argmax, entropy, lse, *saved)
-    grads = vocab_reductions_backward(*grads, *results, **ctx.options, needs_grad=needs_grad)
+    results = (grad_maximum, grad_entropy, argmax, entropy, lse, tile_lse)
+    grads = vocab_reductions_backward(*grads, *results, *inputs, **ctx.options, needs_grad=needs_grad)
     return *(grad if needed else None for grad, needed in zip(grads, needs_grad, strict=True)), None, None
 
 

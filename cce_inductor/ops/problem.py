@@ -18,7 +18,7 @@ class Reductions(NamedTuple):
     """What the operator gives: see `reference.py`. Vectors [N] in the dtype of sums; argmax is int64."""
 
     lse: Tensor
-    picked: Tensor
+    picked: Tensor  # [N, K] for K targets a row
     total: Tensor
     maximum: Tensor  # this and the next two are empty where nobody wants them
     argmax: Tensor
@@ -56,7 +56,7 @@ class Problem:
     hidden: Tensor  # [N, D], in the dtype of the matmuls
     weight: Tensor  # [V, D], in its own dtype: a cast copy may be as large as the logits
     bias: Tensor | None  # [V]
-    target: Tensor | None  # [N], int64
+    target: Tensor | None  # [N], or [N, K] for K classes of each row; int64
     total_weight: Tensor | None  # [V]
     hidden_dtype: torch.dtype  # as given, and of its gradient
     logit_map: LogitMap
@@ -149,9 +149,15 @@ class Problem:
         return accumulate_dtype(self.compute_dtype)
 
     @property
+    def several_targets(self) -> bool:
+        """Whether more than one class of each row is picked."""
+        return self.target is not None and self.target.dim() == 2
+
+    @property
     def leaves_out(self) -> bool:
         """Whether results of ignored rows may be left out: there may be such rows, and nobody reads theirs."""
-        return self.skip_ignored and self.target is not None and self.ignore_index is not None
+        one_target = self.target is not None and not self.several_targets
+        return self.skip_ignored and one_target and self.ignore_index is not None
 
     @property
     def counts(self) -> Tensor | None:
@@ -237,8 +243,8 @@ def _check_vector(name: str, vector: Tensor, weight: Tensor) -> None:
 
 
 def _check_target(target: Tensor, hidden: Tensor) -> None:
-    if target.dim() != 1:
-        raise ValueError(f"targets must be 1-D, got shape {tuple(target.shape)}")
+    if target.dim() not in (1, 2):
+        raise ValueError(f"targets must be 1-D, or 2-D for several in each row, got shape {tuple(target.shape)}")
     if target.dtype not in (torch.int64, torch.uint8):
         raise RuntimeError(f"expected targets of dtype int64 or uint8 (class indices), got {target.dtype}")
     rows, targets = hidden.shape[0], target.shape[0]

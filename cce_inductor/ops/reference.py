@@ -4,6 +4,7 @@ With logits x = f(hidden @ weight.T + bias), of shape [N, V]:
 
     lse[n]    = log(sum over v of exp(x[n, v]))
     picked[n] = x[n, target[n]]                     (0 where target[n] == ignore_index)
+                or picked[n, k] = x[n, target[n, k]] for several targets of each row
     total[n]  = sum over v of total_weight[v] * x[n, v]
     maximum[n], argmax[n] = the largest x[n, v], and the first v that has it
     entropy[n] = - sum over v of p[n, v] * log p[n, v],  p = softmax(x), where a class without probability adds nothing
@@ -21,7 +22,7 @@ def vocab_reductions(
     hidden: Tensor,  # [N, D]
     weight: Tensor,  # [V, D]
     bias: Tensor | None = None,  # [V]
-    target: Tensor | None = None,  # [N], integers in [0, V) or ignore_index
+    target: Tensor | None = None,  # [N] or [N, K], integers in [0, V) or ignore_index
     total_weight: Tensor | None = None,  # [V]; None stands for ones
     logit_map: LogitMap | None = None,
     ignore_index: int | None = None,
@@ -44,5 +45,6 @@ def _picked(logits: Tensor, target: Tensor | None, ignore_index: int | None) -> 
     if target is None:
         return logits.new_zeros(logits.shape[0])
     ignored = torch.zeros_like(target, dtype=torch.bool) if ignore_index is None else target == ignore_index
-    index = target.masked_fill(ignored, 0).unsqueeze(-1)
-    return logits.gather(-1, index).squeeze(-1).masked_fill(ignored, 0)
+    index = target.masked_fill(ignored, 0)
+    picked = logits.gather(-1, index) if target.dim() == 2 else logits.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+    return picked.masked_fill(ignored, 0)

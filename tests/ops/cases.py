@@ -29,6 +29,7 @@ class Case:
     logit_map: str = "z"
     bias: bool = True
     target: bool = True
+    picks: int | None = None  # how many targets a row, in a second dimension
     ignore_index: int | None = -100
     total: bool = True
     class_weight: bool = True
@@ -48,6 +49,8 @@ class Case:
         self.class_weights = self._vector(self.vocab, torch.float32).abs() if self.class_weight else None
         self.targets = self._targets() if self.target else None
         self.grads = [self._vector(self.rows, self.accumulate_dtype) for _ in range(5)]
+        if self.targets is not None and self.picks is not None:
+            self.grads[1] = self._matrix(self.rows, self.picks).to(self.accumulate_dtype)
         self.options = {
             "logit_map": self.logit_map,
             "want_total": self.total,
@@ -110,7 +113,8 @@ class Case:
         return self._random(rows, columns).to(self.device, self.dtype)
 
     def _targets(self):
-        targets = torch.randint(0, max(self.vocab, 1), (self.rows,), generator=self.generator)
+        shape = (self.rows,) if self.picks is None else (self.rows, self.picks)
+        targets = torch.randint(0, max(self.vocab, 1), shape, generator=self.generator)
         if self.ignore_index is not None:
             targets[::3] = self.ignore_index
         return targets.to(self.device)
@@ -153,12 +157,18 @@ def eager(case):
         ignored = torch.zeros_like(case.targets, dtype=torch.bool)
         if case.ignore_index is not None:
             ignored = case.targets == case.ignore_index
-        picked = x.gather(1, case.targets.masked_fill(ignored, 0).unsqueeze(1)).squeeze(1).masked_fill(ignored, 0)
+        index = _columns(case.targets.masked_fill(ignored, 0))
+        picked = x.gather(1, index).view_as(case.targets).masked_fill(ignored, 0)
     if case.total:
         total = (x if case.class_weights is None else x * case.class_weights.to(x.dtype)).sum(1)
     log_p = x.log_softmax(1)
     entropy = -(log_p.exp() * log_p).sum(1)
     return _with_gradients(case, (lse, picked, total, x.max(1).values, entropy), leaves, case.grads)
+
+
+def _columns(tensor):
+    """[N] as [N, 1]; [N, K] as it is."""
+    return tensor.unsqueeze(1) if tensor.dim() == 1 else tensor
 
 
 def _double(tensor):
@@ -192,13 +202,14 @@ def uncertainty(case, interpreted=False):
     scale = slope * (h.abs() @ w.abs().T + abs(b)) + x.abs()  # of a logit
     lse = x.logsumexp(1, keepdim=True)
     class_weights = 1.0 if case.class_weights is None else case.class_weights.double()
-    grad_lse, grad_picked, grad_total, *others = (g.double().abs().unsqueeze(1) for g in case.grads)
+    grad_lse, grad_picked, grad_total, *others = (_columns(g.double().abs()) for g in case.grads)
     log_p = (x - lse).clamp(min=-1000)
     surprise = log_p.abs() - (log_p.exp() * log_p).sum(1, keepdim=True)
     p = log_p.exp() * (grad_lse + (others[1] * (surprise + 1) if case.entropy else 0))
     onehot = torch.zeros_like(x)
     if case.target:
-        onehot = F.one_hot(case.targets.clamp(0, case.vocab - 1), case.vocab).double() * grad_picked
+        index = _columns(case.targets.clamp(0, case.vocab - 1))
+        onehot = onehot.scatter_add(1, index, grad_picked)
     if case.max:
         onehot = onehot + F.one_hot(x.argmax(1), case.vocab) * others[0]
     dz = slope * (p + onehot + (grad_total * class_weights if case.total else 0))
@@ -209,7 +220,7 @@ def uncertainty(case, interpreted=False):
     last = max(u[case.dtype], u[case.compute_dtype])
     return [
         4 * u[case.accumulate_dtype] * row_scale,
-        (4 * u[case.accumulate_dtype] + cast_error) * row_scale,
+        (4 * u[case.accumulate_dtype] + cast_error) * row_scale * (case.picks or 1) ** 0.5,
         4 * u[case.accumulate_dtype] * (scale * class_weights).sum(1),
         *[4 * u[case.accumulate_dtype] * row_scale] * case.max,
         *[4 * u[case.accumulate_dtype] * (row_scale + 1) * (log_p.exp() * (surprise + 1)).sum(1)] * case.entropy,

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from cce_inductor.ops import losses
-from cce_inductor.ops.library import vocab_reductions
+from cce_inductor.ops.library import scaled_loss, vocab_reductions
 from cce_inductor.ops.problem import Problem
 
 
@@ -18,6 +18,7 @@ def call(case, **changes):
 
 
 CASE = cases.Case(6, 20, 4)
+SEVERAL = cases.Case(6, 20, 4, picks=3)
 
 
 @pytest.mark.parametrize("target", [20, -1, -101, 2**40])
@@ -28,6 +29,19 @@ def test_a_target_outside_the_vocabulary_raises_cross_entropys_error(target):
     with pytest.raises(IndexError) as ours:
         call(CASE, target=targets)
     assert str(ours.value) == str(eager.value)
+
+
+def test_one_of_several_targets_outside_the_vocabulary():
+    targets = SEVERAL.targets.clamp(0)
+    targets[4, 1] = 20
+    with pytest.raises(RuntimeError, match="index 20 is out of bounds for dimension 1 with size 20"):
+        call(SEVERAL, target=targets, ignore_index=None)
+
+
+def test_a_loss_with_its_gradients_takes_one_target_a_row():
+    options = {name: CASE.options[name] for name in ("logit_map", "ignore_index", "compute_dtype", "workspace_mib")}
+    with pytest.raises(ValueError, match="a target and a coefficient a row are needed, got 2-D and 1-D"):
+        scaled_loss(*SEVERAL.tensors[:4], torch.ones(6), needs_grad=[True, True, True], **options)
 
 
 @pytest.mark.parametrize("target", [20, -1, 2**40])
@@ -50,7 +64,7 @@ def test_without_an_ignore_index_it_raises_gathers_error(target):
         ({"bias": torch.randn(20, 1)}, RuntimeError, "bias must be 1-D"),
         ({"total_weight": torch.randn(3)}, RuntimeError, "class weight has 3 entries"),
         ({"target": torch.zeros(5, dtype=torch.long)}, ValueError, "to match target batch_size"),
-        ({"target": torch.zeros(6, 1, dtype=torch.long)}, ValueError, "targets must be 1-D"),
+        ({"target": torch.zeros(6, 1, 1, dtype=torch.long)}, ValueError, "targets must be 1-D, or 2-D"),
         ({"target": torch.zeros(6, dtype=torch.int32)}, RuntimeError, "int64 or uint8"),
         ({"target": torch.zeros(6)}, RuntimeError, "int64 or uint8"),
         ({"hidden": torch.zeros(6, 4, dtype=torch.long)}, RuntimeError, "hidden must be of a floating-point dtype"),

@@ -39,6 +39,11 @@ def test_the_forward_passes_opcheck_without_optional_tensors(given):
     torch.library.opcheck(vocab_reductions, leaves(case), case.options)
 
 
+def test_several_targets_of_a_row_pass_opcheck():
+    case = cases.Case(7, 40, 6, picks=3, ignore_index=None)
+    torch.library.opcheck(vocab_reductions, leaves(case), case.options)
+
+
 @pytest.mark.parametrize("needs_grad", [[True, True, True], [True, False, False], [False, True, False]])
 @pytest.mark.parametrize("bias_dtype", [None, torch.float64])
 def test_the_backward_passes_opcheck(needs_grad, bias_dtype):
@@ -63,8 +68,9 @@ def test_autograd_gives_what_the_implementation_gives():
         assert torch.equal(mine, expected)
 
 
-def test_float64_gradients_pass_gradcheck():
-    case = cases.Case(5, 9, 4, torch.float64, logit_map="5.0*tanh(z/5.0)", max=True, entropy=True)
+@pytest.mark.parametrize("picks", [None, 3])
+def test_float64_gradients_pass_gradcheck(picks):
+    case = cases.Case(5, 9, 4, torch.float64, picks=picks, logit_map="5.0*tanh(z/5.0)", max=True, entropy=True)
     hidden, weight, bias, *others = leaves(case)
 
     def differentiable(*args):
