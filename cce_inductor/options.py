@@ -44,7 +44,7 @@ class Options:
     workspace_mib: int = 256
     on_refusal: OnRefusal = "log"
     logits: Logits = "lazy"
-    approximate_mass: float = 2.0**-4
+    approximate_mass: float = 2.0**-5
     verify: int = 0
 
     def __post_init__(self) -> None:
