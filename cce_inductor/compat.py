@@ -1,4 +1,4 @@
-"""Everything private to PyTorch that the package touches, in one place. Checked against torch 2.11 and 2.13.
+"""Everything private to PyTorch that the package touches, in one place. Checked against torch 2.11 and 2.13-2.15.
 
 A test holds the other files to names without an underscore. Of those with one it allows what the documentation of
 PyTorch names too: `torch._check`, `torch._check_value`, `torch._dynamo.mark_dynamic`.
@@ -22,6 +22,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_map_only
 
 __all__ = [
+    "CLAMP_IS_FLAT_AT_BOUNDS",
     "CustomGraphPass",
     "FakeTensor",
     "FakeTensorMode",
@@ -55,6 +56,9 @@ __all__ = [
     "unset_fake_temporarily",
 ]
 
+
+# Whether the gradient of torch.clamp is zero at the bounds; before torch 2.14, it was one.
+CLAMP_IS_FLAT_AT_BOUNDS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
 
 nn_functions = torch._C._nn  # where some of torch.nn.functional's functions are defined, and found in graphs
 

@@ -257,11 +257,15 @@ def _evaluate_expr(expr: sympy.Expr, values: dict[sympy.Symbol, Any]) -> Any:
     return FUNCTIONS[type(expr).__name__][1](*args)
 
 
-def clamped(expr: sympy.Expr, low: sympy.Expr | None, high: sympy.Expr | None) -> sympy.Expr:
-    """torch.clamp: the larger of expr and low, then the smaller of that and high; the bounds have a gradient."""
+def clamped(expr: sympy.Expr, low: sympy.Expr | None, high: sympy.Expr | None, flat_bounds: bool) -> sympy.Expr:
+    """torch.clamp: the larger of expr and low, then the smaller of that and high; nan stays.
+
+    flat_bounds: whether the gradient is zero at the bounds too, and not one.
+    """
+    beyond = ge if flat_bounds else gt
     if low is not None:
-        expr = where(gt(low, expr), low, expr)
-    return expr if high is None else where(gt(expr, high), high, expr)
+        expr = where(beyond(low, expr), low, expr)
+    return expr if high is None else where(beyond(expr, high), high, expr)
 
 
 LOWEST = sympy.Float(-3.4e38)  # any finite logit is larger

@@ -5,9 +5,11 @@ import pickle
 import pytest
 import sympy
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cce_inductor.compat import CLAMP_IS_FLAT_AT_BOUNDS
 from cce_inductor.logit_map import FUNCTIONS, LogitMap, Z, clamped, constant, filled
 
 NUMBERS = st.floats(0.1, 8.0).map(lambda x: round(x, 3))
@@ -28,8 +30,8 @@ def steps(draw):
                 lambda x: FUNCTIONS["sigmoid"][0](x),
                 lambda x: sympy.exp(-((x / c) ** 2)),
                 lambda x: 1 / (c + x**2),
-                lambda x: clamped(x, -c, c),
-                lambda x: clamped(x, None, c),
+                lambda x: clamped(x, -c, c, False),
+                lambda x: clamped(x, None, c, True),
                 lambda x: FUNCTIONS["where"][0](FUNCTIONS["gt"][0](x, c), c + (x - c) / 10, x),
             )
         )
@@ -151,11 +153,16 @@ def test_the_derivative_at_a_bound_is_that_of_the_branch_taken(text, at_bound):
     assert slope.tolist() == [1.0, at_bound, 0.0]
 
 
-def test_clamp_at_its_bounds_and_of_nan_is_torchs():
+@pytest.mark.parametrize(
+    ("function", "flat_bounds"), [(torch.clamp, CLAMP_IS_FLAT_AT_BOUNDS), (F.hardtanh, True)], ids=["clamp", "hardtanh"]
+)
+def test_clamp_at_its_bounds_and_of_nan_is_torchs(function, flat_bounds):
     z = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0, torch.nan], requires_grad=True)
-    expected = z.clamp(-1, 1)
+    expected = function(z, -1, 1)
     expected.sum().backward()
-    value, slope = LogitMap(clamped(Z, sympy.Integer(-1), sympy.Integer(1))).value_and_derivative(z.detach())
+    value, slope = LogitMap(clamped(Z, sympy.Integer(-1), sympy.Integer(1), flat_bounds)).value_and_derivative(
+        z.detach()
+    )
     torch.testing.assert_close(value, expected.detach(), equal_nan=True)
     assert torch.equal(slope[:-1], z.grad[:-1])
 

@@ -8,7 +8,7 @@ import sympy
 import torch
 from torch.fx import Node
 
-from ..compat import float_hint
+from ..compat import CLAMP_IS_FLAT_AT_BOUNDS, float_hint
 from ..logit_map import clamped, constant, gt, sigmoid
 from ..logit_map import where as chosen
 from .logits import DeferredLogits, Refused
@@ -203,19 +203,19 @@ def clamp(call: Call, x: DeferredLogits, *args: Any, **named: Any) -> DeferredLo
     low, high = bounds.get("min"), bounds.get("max")
     if x.normalized and high is None and low == torch.finfo(x.dtype).min:
         return Floored(x)
-    return with_dtype(call, _clamped(x, low, high))
+    return with_dtype(call, _clamped(x, low, high, CLAMP_IS_FLAT_AT_BOUNDS))
 
 
 @rule("hardtanh")
 def hardtanh(
     call: Call, x: DeferredLogits, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
 ) -> DeferredLogits:
-    return with_dtype(call, _clamped(x, min_val, max_val))
+    return with_dtype(call, _clamped(x, min_val, max_val, True))
 
 
-def _clamped(x: DeferredLogits, low: Any, high: Any) -> DeferredLogits:
+def _clamped(x: DeferredLogits, low: Any, high: Any, flat_bounds: bool) -> DeferredLogits:
     low, high = (None if bound is None else _bound(bound) for bound in (low, high))
-    return x.map(lambda z: clamped(z, low, high))
+    return x.map(lambda z: clamped(z, low, high, flat_bounds))
 
 
 def _bound(value: Any) -> sympy.Expr:

@@ -51,7 +51,7 @@ class Site:
         """The nodes that the logits go through from the matmul to a node, without it."""
         deferred = set(self.chain) - {reduction.node for reduction in self.reductions}
         path = {other for other in deferred if written(other) and other < node}
-        stack = [node]
+        stack = [node, *path]
         while stack:
             new = deferred.intersection(stack.pop().all_input_nodes) - path
             path |= new

@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import check, check_refused, hidden, labels, weight
+from helpers import check, check_refused, hidden, labels, run_compiled, run_eager, weight
 from torch.utils.checkpoint import checkpoint
 
 
@@ -57,3 +57,17 @@ def test_a_sum_of_float16_products_whose_loss_is_under_autocast_to_bfloat16():
 
     half = [tensor.detach().half().requires_grad_() for tensor in (hidden(), weight())]
     check_refused(program, *half, labels(), operation="cross_entropy", reason="concatenated under autocast")
+
+
+def test_a_view_without_gradients_behind_a_write_in_place():
+    """Such a view passes for a tensor that requires gradients, but hands none on."""
+
+    def program(h, w):
+        logits = F.linear(h, w)
+        with torch.no_grad():
+            logits = logits[None]
+        return logits.log_softmax(-1).clone().mul_(2).sum(-1)
+
+    ours = run_compiled(program, hidden(), weight())
+    assert not ours.report.rewritten
+    assert ours.gradients == run_eager(program, (hidden(), weight())).gradients == [None, None]

@@ -5,8 +5,10 @@ import torch
 import torch.nn.functional as F
 from helpers import EVERYTHING, D, S, V, bias, check, hidden, labels, weight
 
+from cce_inductor.compat import CLAMP_IS_FLAT_AT_BOUNDS
 from cce_inductor.graph.driver import rewrite_module
 
+BEYOND = "ge" if CLAMP_IS_FLAT_AT_BOUNDS else "gt"
 # map -> the expression that the report should show, None where only the result matters
 MAPS = {
     "mul": (lambda x: x * 0.5, "0.5*z"),
@@ -50,7 +52,7 @@ MAPS = {
     "difference": (lambda x: torch.tanh(x) - 0.5 * x, None),
     "ratio": (lambda x: x / (1 + torch.exp(-x)), None),
     "clamp": (lambda x: x.clamp(-1.5, 1.5), None),
-    "clamp_keywords": (lambda x: torch.clamp(x, max=1.0), "where(gt(z, 1.0), 1.0, z)"),
+    "clamp_keywords": (lambda x: torch.clamp(x, max=1.0), f"where({BEYOND}(z, 1.0), 1.0, z)"),
     "clamp_min": (lambda x: x.clamp_min(-1), None),
     "clamp_max": (lambda x: torch.clamp_max(x, 1), None),
     "clip": (lambda x: x.clip(min=-0.5), None),
