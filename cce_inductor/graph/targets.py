@@ -105,8 +105,8 @@ def times_logits(call: Call, a: Any, b: Any) -> Any:
 
 @rule("scaled.mul", "softmax.mul")
 def function_times(call: Call, a: Any, b: Any) -> Any:
-    x, other = (a, b) if isinstance(a, Scaled | Probabilities) else (b, a)
-    product = weighted(call, x, other) if isinstance(other, Node) else None
+    x, other, weights = (a, b, 1) if isinstance(a, Scaled | Probabilities) else (b, a, 0)
+    product = weighted(call, x, call.node.args[weights]) if isinstance(other, Node | Shaped) else None
     return times(call, a, b) if product is None else product
 
 

@@ -151,6 +151,14 @@ def other_readers(h, w, b, t):
     return *entropies, *others, loss_of(x, t), x.argmax(-1), p.detach().view(3, -1, V).amax(-1), x.max(-1)
 
 
+def labels_as_wide_as_the_logits(h, w, b, t):
+    x, t = F.linear(h, w).flatten(0, 1), t.flatten()
+    policy = Categorical(logits=x)
+    log_p, q = x.log_softmax(-1), torch.zeros_like(x).fill_(0.1).scatter_(1, t[:, None], 0.9)
+    soft = ((-q * log_p) * 0.5).sum(-1) - (-log_p * (F.one_hot(t, V) / 2 + 0.1).type_as(x)).sum()
+    return policy.log_prob(t), soft, -(x.softmax(-1) * F.one_hot(t, V)).sum(-1), (-(2 * q * log_p)).sum(-1)
+
+
 def masks(h, w, b, t):
     x = F.linear(h, w)
     x = torch.where(x > 0.5, 0.5 + 0.1 * (x - 0.5), x)
@@ -227,9 +235,9 @@ def a_module(h, w, b, t):
 
 
 PROGRAMS = [
-    several_losses, two_heads, one_loss, one_loss_in_16_bits, returned_logits, other_readers, masks, combinations,
-    a_transpose, stacks, row_operations, products, a_sum_of_products, a_loop, a_checkpoint, refusals,
-    a_dynamic_number, a_module,
+    several_losses, two_heads, one_loss, one_loss_in_16_bits, returned_logits, other_readers,
+    labels_as_wide_as_the_logits, masks, combinations, a_transpose, stacks, row_operations, products,
+    a_sum_of_products, a_loop, a_checkpoint, refusals, a_dynamic_number, a_module,
 ]  # fmt: skip
 
 

@@ -111,6 +111,8 @@ FORMS = {
     "float": lambda x, t: (-F.one_hot(t, num_classes=V).float() * x.log_softmax(-1)).sum(-1, keepdim=True),
     "to": lambda x, t: -(F.one_hot(t, x.size(-1)).to(x.dtype) * x.log_softmax(-1)).sum(-1),
     "type_as": lambda x, t: (F.one_hot(t, V).type_as(x) * -x.log_softmax(-1)).sum(-1),
+    "type_as_last": lambda x, t: (-x.log_softmax(-1) * F.one_hot(t, V).type_as(x)).sum(-1),
+    "probabilities_first": lambda x, t: (x.softmax(-1) * torch.zeros_like(x).scatter_(1, t[:, None], 1)).sum(-1),
     "logits": lambda x, t: (x.logsumexp(-1) - (x * F.one_hot(t, V)).sum(-1)).mean(),
     "everything": lambda x, t: -(F.one_hot(t, V) * x.log_softmax(-1)).sum() / len(t),
     "scaled": lambda x, t: (2 * (F.one_hot(t, V) * x.log_softmax(-1)) * -0.5).sum(-1),
