@@ -118,13 +118,21 @@ def sub(call: Call, a: Any, b: Any, *, alpha: Any = 1) -> DeferredLogits:
     return with_dtype(call, _added(call, b.map(operator.neg), a, 1))
 
 
-_SHAPES_AND_CASTS = ("unsqueeze", "view", "reshape", "getitem", "to", "float", "type_as")
+_SHAPES_AND_CASTS = ("unsqueeze", "view", "reshape", "to", "float", "type_as")
+
+
+def _keeps_rows(node: Node) -> bool:
+    """Whether a node holds the numbers of its first argument in the same order: in another shape or dtype at most."""
+    if operation(node) != "getitem":
+        return operation(node) in _SHAPES_AND_CASTS
+    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    return all(part is None or part is Ellipsis or part == slice(None) for part in index)
 
 
 def _is_log_sum_exp(call: Call, x: DeferredLogits, term: Any) -> bool:
     """Whether a term is the log-sum-exp of the very logits that it is subtracted from: log_softmax spelled out."""
     node: Any = call.node.args[1] if len(call.node.args) > 1 else None
-    while isinstance(node, Node) and operation(node) in _SHAPES_AND_CASTS:
+    while isinstance(node, Node) and _keeps_rows(node):
         node = node.args[0]
     reduced = call.values.get(node)
     tensor, source = tensor_of(call.node.args[1]), tensor_of(node)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import B, S, V, assert_like_eager, check, hidden, labels, run_compiled, weight
+from helpers import B, D, S, V, assert_like_eager, check, check_refused, hidden, labels, run_compiled, weight
 from torch.distributions import Categorical
 
 PARTS = {
@@ -120,3 +120,22 @@ def test_scaled_rows_are_other_logits():
         return F.cross_entropy(x.view(-1, V), t.view(-1)) + (x / temperature).logsumexp(-1).mean()
 
     check(program, hidden(), weight(), labels(), torch.tensor(0.7), calls=2)
+
+
+def test_logits_minus_the_log_sum_exps_of_other_rows_are_no_log_softmax():
+    def program(h, w, t):
+        x = F.linear(h, w)
+        log_p = x - x.logsumexp(-1)[[1, 0, 2, 4, 6, 5, 3]][:, None]  # <-
+        return -(log_p.gather(-1, t[:, None])[:, 0] * torch.arange(1.0, len(h) + 1)).sum()
+
+    check_refused(program, hidden(7, D), weight(), labels(7), operation="sub", reason="logits")
+
+
+@pytest.mark.parametrize("column", [lambda lse: lse[:, None], lambda lse: lse[..., None], lambda lse: lse[:][:, None]])
+def test_logits_minus_their_log_sum_exp_as_a_column(column):
+    def program(h, w, t):
+        x = F.linear(h, w)
+        log_p = x - column(x.logsumexp(-1))
+        return -(log_p.gather(-1, t[:, None])[:, 0] * torch.arange(1.0, len(h) + 1)).sum()
+
+    check(program, hidden(B * S, D), weight(), labels(B * S))
