@@ -178,9 +178,9 @@ def main() -> None:
     for method in arguments.methods:
         print(f"{method}: {METHODS[method]} ...", flush=True)
         rows.append({"method": method} | run(method, arguments.limit))
-    print(f"\n{table(rows)}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"about": about, "results": rows}, indent=1))
+        print(table(rows), flush=True)  # what has been measured so far, should this be cut short
+        if arguments.json:
+            arguments.json.write_text(json.dumps({"about": about, "results": rows}, indent=1))
     if any("failed" in row for row in rows):
         sys.exit(1)
 
