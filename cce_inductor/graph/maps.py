@@ -11,6 +11,7 @@ from torch.fx import Node
 from ..compat import CLAMP_IS_FLAT_AT_BOUNDS, float_hint
 from ..logit_map import clamped, constant, gt, sigmoid
 from ..logit_map import where as chosen
+from .effects import writes_between
 from .logits import DeferredLogits, Refused
 from .matmuls import is_vocab_vector, vocab_vector
 from .reductions import Reduction
@@ -122,7 +123,7 @@ _SHAPES_AND_CASTS = ("unsqueeze", "view", "reshape", "to", "float", "type_as")
 
 
 def _keeps_rows(node: Node) -> bool:
-    """Whether a node holds the numbers of its first argument in the same order: in another shape or dtype at most."""
+    """Whether a node has the numbers of its first argument in the same order: in another shape or dtype at most."""
     if operation(node) != "getitem":
         return operation(node) in _SHAPES_AND_CASTS
     index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
@@ -132,8 +133,10 @@ def _keeps_rows(node: Node) -> bool:
 def _is_log_sum_exp(call: Call, x: DeferredLogits, term: Any) -> bool:
     """Whether a term is the log-sum-exp of the very logits that it is subtracted from: log_softmax spelled out."""
     node: Any = call.node.args[1] if len(call.node.args) > 1 else None
+    chain = [node]
     while isinstance(node, Node) and _keeps_rows(node):
         node = node.args[0]
+        chain.append(node)
     reduced = call.values.get(node)
     tensor, source = tensor_of(call.node.args[1]), tensor_of(node)
     return (
@@ -141,6 +144,7 @@ def _is_log_sum_exp(call: Call, x: DeferredLogits, term: Any) -> bool:
         and operation(reduced.node) == "logsumexp"
         and reduced.logits.same_products(x)
         and reduced.logits.logit_map == x.logit_map
+        and not any(writes_between(link, call.node) for link in chain)
         and source.requires_grad == call.output.requires_grad
         and tensor.dim() == x.ndim
         and tuple(tensor.shape) == (*x.shape[: x.vocab_dim], 1, *x.shape[x.vocab_dim + 1 :])

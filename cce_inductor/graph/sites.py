@@ -257,15 +257,18 @@ def orphan_losses(graph: Graph, sites: list[Site], transformed: set[Node], optio
     reported = {node for site in sites if is_worth_reporting(site, options) for node in site.escapes}
     refusals = []
     for node in graph.nodes:
-        if operation(node) not in LOSSES or node in reached:
+        log_softmax = operation(node) == "log_softmax"  # elsewhere than in a loss too, so only after a classifier head
+        if not (log_softmax or operation(node) in LOSSES) or node in reached:
             continue
         source = tensor_of(node.args[0] if node.args else node.kwargs.get("input"))
         if source is None or source.dim() == 0:
             continue
-        vocab = source.shape[1 if source.dim() > 1 else 0]
+        vocab = source.shape[-1 if log_softmax else min(1, source.dim() - 1)]
         if (size_hint(vocab) or 0) < options.min_vocab:
             continue
         cut = _cut(node, vocab, escapes)
+        if log_softmax and (cut is None or node in transformed):
+            continue
         if node in transformed:
             refusals.append(refusal(node, "torch.func", TRANSFORMED))
         elif cut is None:

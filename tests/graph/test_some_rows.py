@@ -131,6 +131,22 @@ def test_logits_minus_the_log_sum_exps_of_other_rows_are_no_log_softmax():
     check_refused(program, hidden(7, D), weight(), labels(7), operation="sub", reason="logits")
 
 
+@pytest.mark.parametrize("write", [lambda lse, column: lse.mul_(2), lambda lse, column: column.add_(1)])
+def test_logits_minus_a_log_sum_exp_that_was_written_to_are_no_log_softmax(write):
+    """Eager does not differentiate it, but computes it."""
+
+    def program(h, w, t):
+        x = F.linear(h, w)
+        lse = x.logsumexp(-1)
+        column = lse.unsqueeze(-1).float()
+        write(lse, column)
+        log_p = x - column  # <-
+        return -log_p.gather(-1, t[:, None]).mean()
+
+    given = hidden(7, D, requires_grad=False), weight(requires_grad=False), labels(7)
+    check_refused(program, *given, operation="sub", reason="logits")
+
+
 @pytest.mark.parametrize("column", [lambda lse: lse[:, None], lambda lse: lse[..., None], lambda lse: lse[:][:, None]])
 def test_logits_minus_their_log_sum_exp_as_a_column(column):
     def program(h, w, t):
@@ -139,3 +155,14 @@ def test_logits_minus_their_log_sum_exp_as_a_column(column):
         return -(log_p.gather(-1, t[:, None])[:, 0] * torch.arange(1.0, len(h) + 1)).sum()
 
     check(program, hidden(B * S, D), weight(), labels(B * S))
+
+
+def test_logits_less_their_maximum_before_a_log_softmax():
+    """No loss is reached, but a log_softmax that the logits were meant for."""
+
+    def program(h, w, t):
+        x = F.linear(h, w)
+        shifted = x - x.amax(-1, keepdim=True)  # <-
+        return -shifted.log_softmax(-1).gather(-1, t[..., None]).mean()
+
+    check_refused(program, hidden(), weight(), labels(), operation="sub", reason="differs from row to row")
