@@ -272,14 +272,20 @@ def check_refused(
 
     marker: a comment on the line of the program that the refusal should name; None for a program without lines.
     """
-    ours = run_compiled(function, *args, **how)
-    assert ours.report.rewritten == [], ours.report
+    ours = check_left_alone(function, *args, **how)
     assert len(ours.report.refused) == refusals, ours.report
     refusal = ours.report.refused[0]
     assert (refusal.operation, refusal.by_choice) == (operation, by_choice), refusal
     assert reason in str(refusal), refusal
     if marker is not None:
         assert refusal.location == line_of(function, marker), refusal
+    return ours
+
+
+def check_left_alone(function: Callable, *args: Any, **how: Any) -> Compiled:
+    """Asserts that a program is left exactly as it was, and right."""
+    ours = run_compiled(function, *args, **how)
+    assert ours.report.rewritten == [], ours.report
     assert_untouched(ours)
     assert_like_eager(ours, function, args)
     return ours
