@@ -62,9 +62,10 @@ class Emitter(GraphAppendingTracer):
     def _require_cat(self, tensors: Iterable[Tensor]) -> None:
         """Autocast raises an error at 16-bit floats other than its own."""
         assert self._origin is not None
-        for tensor in tensors:
-            dtype, autocast = tensor.dtype, autocast_dtype(self._origin, tensor.device.type)
-            if autocast is not None and dtype.is_floating_point and dtype.itemsize == 2 and dtype != autocast:
+        halves = {t.dtype: t.device.type for t in tensors if t.dtype.is_floating_point and t.dtype.itemsize == 2}
+        for dtype, device in halves.items():
+            autocast = autocast_dtype(self._origin, device)
+            if autocast not in (None, dtype):
                 raise Refused(f"{dtype} operands would be concatenated under autocast to {autocast}; use one dtype")
 
     def proxy(self, node: Node) -> Proxy:

@@ -50,16 +50,14 @@ def backward(
     """(grad_hidden, grad_weight, an empty one for the bias), from what `cuda.forward` gave."""
     sparse = _SparseBackward(problem, lse, tile_lse, grads.lse, grads.picked)
     empty = problem.hidden.new_empty(0)
-    grad_hidden, grad_weight, fixed, skipped_hidden = empty, empty, empty, empty
-    if needs_grad[0]:
-        fixed = torch.zeros(problem.num_rows, -(-problem.width // 2), dtype=torch.int64, device=lse.device)
+    grad_hidden, grad_weight, fixed = empty, empty, empty
+    kernels = [sparse.blocks()]
     if needs_grad[1]:
         skipped_hidden = _float32_product(sparse.lists.skipped_mass, problem.hidden)
         grad_weight = torch.empty(problem.weight.shape, dtype=problem.weight.dtype, device=lse.device)
-    kernels = [sparse.blocks()]
-    if needs_grad[1]:
         kernels.append(sparse.weight_gradient(skipped_hidden, grad_weight))
     if needs_grad[0]:
+        fixed = torch.zeros(problem.num_rows, -(-problem.width // 2), dtype=torch.int64, device=lse.device)
         kernels.append(sparse.hidden_gradient(fixed))
     for round_index in range(sparse.lists.rounds):
         for kernel in kernels:
@@ -113,7 +111,7 @@ class _SparseBackward:
             self.lists.skipped_mass.zero_()
         # the hidden states of the dense rows, as they are listed; what comes after them is not read
         self.dense_hidden = self.hidden[self.lists.slot_rows[:dense_rows].clamp(0, problem.num_rows - 1)]
-        self.tma = can_use_tma(self.weight, self.dense_hidden)
+        self.tma = can_use_tma(self.weight, self.dense_hidden)  # as can be any other gathered rows of hidden states
         self.dz = self.hidden.new_empty(blocks * self.config.block_n, self.config.block_v)
         self._estimate_shares()
 
@@ -122,14 +120,12 @@ class _SparseBackward:
         problem, config = self.problem, self.config
         sample = _evenly_spaced(self.grad_lse != 0, min(SAMPLED_ROWS, problem.num_rows))
         hidden = self.hidden[sample]
-        tma = can_use_tma(hidden, self.weight)
         self.share = torch.empty(problem.vocab_size, dtype=torch.float32, device=hidden.device)
         self.skipped_weight = hidden.new_empty(self.tiles, problem.width, dtype=problem.compute_dtype)
         self.weight_peak = torch.zeros(1, dtype=torch.int32, device=hidden.device)
         share_kernel[(min(self.tiles, self.processors),)](
-            **self._weight_operand(tma, config.block_v, config.block_d),
             **self._logits(),
-            hidden=TensorDescriptor.from_tensor(hidden, [config.block_n, config.block_d]) if tma else hidden,
+            hidden=self._blocks_of(hidden, config.block_n, config.block_d),
             lse=self.lse[sample],
             grad_lse=self.grad_lse[sample],
             skipped_mass=self.lists.skipped_mass[:, sample],
@@ -151,15 +147,14 @@ class _SparseBackward:
         return Rounds(
             block_gradient_kernel,
             self.processors,
-            **self._weight_operand(self.tma, config.block_v, config.block_d),
             **self._logits(),
             hidden=self.hidden,
-            dense_hidden=self._blocks_of(self.tma, self.dense_hidden, config.block_n, config.block_d),
+            dense_hidden=self._blocks_of(self.dense_hidden, config.block_n, config.block_d),
             target=problem.target,
             lse=self.lse,
             grad_lse=self.grad_lse,
             grad_picked=self.grad_picked,
-            dz=self._dz_blocks(config.block_n, config.block_v),
+            dz=self._blocks_of(self.dz, config.block_n, config.block_v),
             slot_tile=self.lists.slot_tile,
             **ignore_arguments(problem),
             stride_hn=self.hidden.stride(0),
@@ -175,8 +170,8 @@ class _SparseBackward:
             weight_gradient_kernel,
             self.processors,
             hidden=self.hidden,
-            dense_hidden=self._blocks_of(self.tma, self.dense_hidden, step, self.products.weight_depth),
-            dz=self._dz_blocks(step, self.config.block_v),
+            dense_hidden=self._blocks_of(self.dense_hidden, step, self.products.weight_depth),
+            dz=self._blocks_of(self.dz, step, self.config.block_v),
             share=self.share,
             skipped_hidden=skipped_hidden,
             grad_peak=self.lists.grad_peak,
@@ -195,8 +190,8 @@ class _SparseBackward:
         return Rounds(
             hidden_gradient_kernel,
             self.processors,
-            weight=self._blocks_of(self.tma, self.weight, products.step, products.hidden_depth),
-            dz=self._dz_blocks(self.config.block_n, products.step),
+            **self._weight_operand(products.step, products.hidden_depth),
+            dz=self._blocks_of(self.dz, self.config.block_n, products.step),
             lse=self.lse,
             grad_lse=self.grad_lse,
             grad_picked=self.grad_picked,
@@ -205,9 +200,6 @@ class _SparseBackward:
             slot_tile=self.lists.slot_tile,
             depths_at_once=self._depths_at_once(),
             slope_bound=self.problem.logit_map.slope_bound,
-            stride_wv=self.weight.stride(0),
-            stride_wd=self.weight.stride(1),
-            USE_TMA=self.tma,
             BLOCK_D=products.hidden_depth,
             **self._product(),
             **self._lists(),
@@ -238,24 +230,22 @@ class _SparseBackward:
         )
         return grad_hidden
 
-    def _blocks_of(self, tma: bool, tensor: Tensor, rows: int, columns: int) -> Tensor | TensorDescriptor:
-        return TensorDescriptor.from_tensor(tensor, [rows, columns]) if tma else tensor
+    def _blocks_of(self, tensor: Tensor, rows: int, columns: int) -> Tensor | TensorDescriptor:
+        return TensorDescriptor.from_tensor(tensor, [rows, columns]) if self.tma else tensor
 
-    def _dz_blocks(self, rows: int, columns: int) -> Tensor | TensorDescriptor:
-        return self._blocks_of(self.tma, self.dz, rows, columns)
-
-    def _weight_operand(self, tma: bool, rows: int, columns: int) -> dict[str, Any]:
+    def _weight_operand(self, rows: int, columns: int) -> dict[str, Any]:
         return {
-            "weight": self._blocks_of(tma, self.weight, rows, columns),
+            "weight": self._blocks_of(self.weight, rows, columns),
             "stride_wv": self.weight.stride(0),
             "stride_wd": self.weight.stride(1),
-            "USE_TMA": tma,
+            "USE_TMA": self.tma,
         }
 
     def _logits(self) -> dict[str, Any]:
         """The arguments of a kernel that computes logits."""
         config = self.config
         return {
+            **self._weight_operand(config.block_v, config.block_d),
             "bias": self.problem.bias,
             "num_columns": self.problem.vocab_size,
             "width": self.problem.width,
