@@ -209,6 +209,11 @@ def a_sum_of_products(h, w, b, t):
     return F.nll_loss((x - x.logsumexp(-1, keepdim=True)).flatten(0, 1), t.flatten())
 
 
+def a_sum_of_products_in_16_bits(h, w, b, t):
+    half = w.bfloat16()
+    return loss_of(F.linear(h.bfloat16(), half) + F.linear(h.sin().bfloat16(), half), t)
+
+
 def a_loop(h, w, b, t):
     return sum(loss_of(F.linear(h[i, :, :4], w[:, :4]), t[i], reduction="sum") for i in range(3))
 
@@ -237,7 +242,7 @@ def a_module(h, w, b, t):
 PROGRAMS = [
     several_losses, two_heads, one_loss, one_loss_in_16_bits, returned_logits, other_readers,
     labels_as_wide_as_the_logits, masks, combinations, a_transpose, stacks, row_operations, products,
-    a_sum_of_products, a_loop, a_checkpoint, refusals, a_dynamic_number, a_module,
+    a_sum_of_products, a_sum_of_products_in_16_bits, a_loop, a_checkpoint, refusals, a_dynamic_number, a_module,
 ]  # fmt: skip
 
 
