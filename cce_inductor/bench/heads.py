@@ -130,7 +130,7 @@ def _measure(method: Method, inputs: Inputs, reference: Reference, seconds: floa
         if reports:
             row["rewrites"] = sum(len(report.rewritten) for report in reports)
         if (active := activity(*inputs, method.approximate_mass)) is not None:
-            row |= {"active_pairs": active[0], "active_blocks": active[1]}
+            row |= {f"active_{name}": share for name, share in active._asdict().items()}
     return row | errors
 
 

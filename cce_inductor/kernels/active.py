@@ -1,9 +1,11 @@
 """Which (row, vocabulary tile) pairs matter: all but the lightest tiles of a row, up to a budget of its probability.
 
     mass[j, n]   = sum over v in tile j of p[n, v] = exp(tile_lse[j, n] - lse[n])
-    active[j, n] = mass[j, n] >= t[n],   t[n] <= budget / 128 the largest with
-                                         sum over j of mass[j, n] [mass[j, n] < t[n]] <= budget
+    top[j, n]    = max over v in tile j of p[n, v] where that and mass[j, n] are large enough, else 0
+    active[j, n] = mass[j, n] >= t[n],   t[n] <= budget / 32 the largest with
+                                         sum over j of (mass[j, n] - top[j, n]) [mass[j, n] < t[n]] <= budget
 
+Where a tile that is not active has a top, that token alone is computed, and it is not approximated then.
 The error of the gradients grows with the square root of the sum of the squares of what is skipped. So it takes many
 light tiles to do the harm of a heavier one, and a row that may skip a lot must do so in small pieces.
 The tile of the target is always active, and no tile is where the row has no gradient. A row that is spread evenly
@@ -15,8 +17,10 @@ import triton
 import triton.language as tl
 
 from .pointwise import exp
+from .tops import column_of, number_of
 
-PIECES_LOG2 = tl.constexpr(7.0)  # no skipped tile is heavier than the budget / 2**7
+LEAST_SHARE = tl.constexpr(0.25)  # of its tile, that a token has to have to be computed alone
+PIECES_LOG2 = tl.constexpr(5.0)  # no skipped tile is heavier than the budget / 2**5
 SMALLEST_LOG2 = tl.constexpr(-40.0)  # lighter tiles than 2**-40 are all the same
 BISECTIONS = tl.constexpr(12)  # they find the threshold to a factor of 2**(40 / 2**12)
 
@@ -24,16 +28,20 @@ BISECTIONS = tl.constexpr(12)  # they find the threshold to a factor of 2**(40 /
 @triton.jit(do_not_specialize=["num_rows", "num_tiles", "ignore_index"])
 def active_kernel(
     tile_lse,  # [tiles, N]
+    tile_top,  # [tiles, N], int32
     lse,  # [N]
     grad_lse,  # [N]
     grad_picked,  # [N]
     target,  # [N]
-    active,  # [tiles + 1, N], bool: active pairs of rows that are not dense; the last: which rows are dense
-    counts,  # [tiles + 1], int32, zeros before: how many there are in each
+    active,  # [2 * tiles + 1, N], bool: active pairs of rows that are not dense; tops; which rows are dense
+    counts,  # [2 * tiles + 1], int32, zeros before: how many there are in each
+    row_tokens,  # [N, tiles], int32: the tops of each row, by their place in the vocabulary
+    row_count,  # [N], int32: how many there are
     num_rows,
     num_tiles,
     ignore_index,
     budget,
+    lightest_top,  # in lighter tiles no token is computed alone
     dense_share,  # a row that needs more than this share of the tiles is dense
     HAS_TARGET: tl.constexpr,
     HAS_IGNORE_INDEX: tl.constexpr,
@@ -48,12 +56,16 @@ def active_kernel(
     offsets = tiles[:, None].to(tl.int64) * num_rows + rows[None, :]
     row_lse = tl.load(lse + rows, mask=row_mask, other=0.0)
     mass = exp(tl.load(tile_lse + offsets, mask=mask, other=-float("inf")) - row_lse[None, :])
+    packed = tl.load(tile_top + offsets, mask=mask, other=0)
+    share = number_of(packed, TILE_WIDTH)
+    stands_out = (mass >= lightest_top) & (share >= LEAST_SHARE)
+    approximated = tl.where(stands_out, mass * (1.0 - share), mass)
 
     low = tl.full((ROWS,), SMALLEST_LOG2, dtype=tl.float32)
     high = tl.zeros((ROWS,), dtype=tl.float32) + (tl.log2(budget) - PIECES_LOG2)
     for _ in range(BISECTIONS):
         middle = 0.5 * (low + high)
-        skipped = tl.sum(tl.where(mass < tl.exp2(middle)[None, :], mass, 0.0), 0)
+        skipped = tl.sum(tl.where(mass < tl.exp2(middle)[None, :], approximated, 0.0), 0)
         fits = skipped <= budget
         low = tl.where(fits, middle, low)
         high = tl.where(fits, high, middle)
@@ -70,8 +82,16 @@ def active_kernel(
     selected = (selected | broken[None, :]) & mask
     dense = (tl.sum(selected.to(tl.int32), 0) > dense_share * num_tiles) & row_mask
     selected = selected & (dense == 0)[None, :]
+    tops = stands_out & (selected == 0) & (has_gradient & (dense == 0))[None, :] & mask
     tl.store(active + offsets, selected, mask=mask)
-    tl.store(active + num_tiles.to(tl.int64) * num_rows + rows, dense, mask=row_mask)
+    tl.store(active + num_tiles.to(tl.int64) * num_rows + offsets, tops, mask=mask)
+    tl.store(active + 2 * num_tiles.to(tl.int64) * num_rows + rows, dense, mask=row_mask)
     # sums of integers do not depend on their order
     tl.atomic_add(counts + tiles, tl.sum(selected.to(tl.int32), 1), mask=tiles < num_tiles, sem="relaxed")
-    tl.atomic_add(counts + num_tiles, tl.sum(dense.to(tl.int32), 0), sem="relaxed")
+    tl.atomic_add(counts + num_tiles + tiles, tl.sum(tops.to(tl.int32), 1), mask=tiles < num_tiles, sem="relaxed")
+    tl.atomic_add(counts + 2 * num_tiles, tl.sum(dense.to(tl.int32), 0), sem="relaxed")
+
+    listed = tops.to(tl.int32)
+    places = rows[None, :].to(tl.int64) * num_tiles + tl.cumsum(listed, 0) - 1
+    tl.store(row_tokens + places, tiles[:, None] * TILE_WIDTH + column_of(packed, TILE_WIDTH), mask=tops)
+    tl.store(row_count + rows, tl.sum(listed, 0), mask=row_mask)

@@ -5,6 +5,7 @@
     tile_total[j, n] = sum over v in tile j of total_weight[v] * x[n, v]
     tile_maximum[j, n], tile_argmax[j, n] = the largest x[n, v], v in tile j, and the first v that has it
     tile_entropy[j, n] = - sum over v in tile j of q[v] * log q[v],  q[v] = exp(x[n, v] - tile_lse[j, n])
+    tile_top[j, n]     = the largest q[v] with its place in the tile (`kernels/tops.py`)
 
 The log-sum-exp over the whole vocabulary is the log-sum-exp of the tiles' (Wijmans et al., arXiv 2411.09009,
 computes it with locks instead). Rows left out of `hidden` cost nothing. The kernel is persistent: as many programs as
@@ -17,6 +18,7 @@ import triton.language as tl
 
 from .pointwise import LEAST_LOG, exp_of_difference
 from .tile import preactivations, tile_position
+from .tops import heaviest
 
 
 @triton.jit(do_not_specialize=["num_rows", "first_tile"])
@@ -32,6 +34,7 @@ def forward_kernel(
     tile_maximum,  # [tiles, N]
     tile_argmax,  # [tiles, N], int32
     tile_entropy,  # [tiles, N]
+    tile_top,  # [tiles, N], int32
     num_rows,
     num_columns,  # of the slice that `weight` holds
     width,
@@ -46,6 +49,7 @@ def forward_kernel(
     HAS_TOTAL_WEIGHT: tl.constexpr,
     WANT_MAX: tl.constexpr,
     WANT_ENTROPY: tl.constexpr,
+    WANT_TOP: tl.constexpr,
     SOME_ROWS: tl.constexpr,
     USE_TMA: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -91,12 +95,11 @@ def forward_kernel(
             first = (first_tile + column_block) * BLOCK_V + tl.argmax(x, 1, tie_break_left=True)
             tl.store(tile_maximum + results, peak, mask=row_mask)
             tl.store(tile_argmax + results, first, mask=row_mask)
+        exp = exp_of_difference(x, shift)
+        total = tl.sum(exp, 1)
         if WANT_ENTROPY:
-            exp = exp_of_difference(x, shift)
-            total = tl.sum(exp, 1)
             spread = tl.sum(exp * tl.maximum(x - shift[:, None], LEAST_LOG), 1)
-            lse = shift + tl.log(total)
             tl.store(tile_entropy + results, tl.log(total) - spread / total, mask=row_mask)
-        else:
-            lse = shift + tl.log(tl.sum(exp_of_difference(x, shift), 1))
-        tl.store(tile_lse + results, lse, mask=row_mask)
+        if WANT_TOP:
+            tl.store(tile_top + results, heaviest(exp, total, BLOCK_V), mask=row_mask)
+        tl.store(tile_lse + results, shift + tl.log(total), mask=row_mask)

@@ -1,6 +1,7 @@
 """How the probability mass that rows skip is spread over the columns of a tile, estimated from some rows:
 
     share[v] = sum over n of s[n] * p[n, v] * f'(z[n, v])  /  sum over n and u in v's tile of s[n] * p[n, u]
+               of the pairs of n and v that are skipped, or were if v's tile were
     skipped_weight[tile] = sum over v in the tile of share[v] * weight[v]
 
 With a scale s that is large where a row skips the tile, share is the mean of what is skipped. It sums to one over a
@@ -25,6 +26,7 @@ def share_kernel(
     lse,  # [S]
     grad_lse,  # [S]
     skipped_mass,  # [tiles, S]
+    top_column,  # [tiles, S], int32: the place in the tile of the token that is not skipped, or -1
     skips,  # [tiles], bool: whether any row skips the tile
     share,  # [V]
     skipped_weight,  # [tiles, D]
@@ -68,7 +70,9 @@ def share_kernel(
             scale = tl.abs(tl.load(grad_lse + rows, mask=row_mask, other=0.0))
             scale = scale * tl.where(skipped != 0.0, 1.0 + EVERYWHERE, EVERYWHERE)
             p = exp(x - row_lse[:, None]) * scale[:, None]
-            p = tl.where(column_mask[None, :], p, 0.0)
+            top = tl.load(top_column + tile * num_rows + rows, mask=row_mask, other=-1)
+            counts = column_mask[None, :] & (tl.arange(0, BLOCK_V)[None, :] != top[:, None])
+            p = tl.where(counts, p, 0.0)
             mass += tl.sum(p, 0)
             force += tl.sum(p * slope, 0)
         tile_mass = tl.sum(mass, 0)

@@ -1,47 +1,34 @@
 """The backward over the rows listed for each vocabulary tile. `kernels/lists.py` says what lists, slots, rounds are.
 
-    dz[n, v]       = (p[n, v] * grad_lse[n] + [v == target[n]] * grad_picked[n]) * f'(z[n, v])      of listed rows
+    dz[n, v]       = (p[n, v] * grad_lse[n] + [v == target[n]] * grad_picked[n]) * f'(z[n, v])
     grad_weight[v] = sum over n of dz[n, v] * hidden[n]  +  share[v] * skipped_hidden[tile of v]
     grad_hidden[n] = sum over v of dz[n, v] * weight[v] + sum over tiles: skipped_mass[tile, n] * skipped_weight[tile]
 
-Where a row is not listed only its probability mass in the tile is known. Its place within the tile is taken to be
-`share`, the same for all rows. One kernel computes dz of a round, block by block, into the workspace; then one kernel
-for each gradient multiplies. A block of grad_weight is owned by one program, which adds in a fixed order. To
-grad_hidden many tiles add at once: in fixed point, where the order does not matter, two columns at a time.
+Where a row is not listed, its probability mass in the tile is known and, if it stands out, the heaviest token. The
+place of the others within the tile is taken to be `share`, the same for all rows. One kernel computes dz of a round,
+block by block, into the workspace; then one kernel for each gradient multiplies. A block of grad_weight is owned by one
+program, which adds in a fixed order. To grad_hidden many tiles add at once: in fixed point, where the order does not
+matter.
 """
 
 import triton
 import triton.language as tl
 
+from .fixed_point import fixed_point_unit, from_fixed_point, to_fixed_point
 from .pointwise import exp
 from .tile import gather_rows, load_block, position_in_tile, tile_position
-
-FIXED_POINT_ONE = tl.constexpr(2.0**30)  # of int32; the sum of all |summands| of an element stays below it
-SMALLEST_UNIT = tl.constexpr(2.0**-120)  # of the fixed point, so that its reciprocal is a float32
+from .tops import column_of, number_of
 
 
 @triton.jit
-def fixed_point_unit(grad_lse, grad_picked, lse, weight_peak, slope_bound):
-    """What one unit of a row of the fixed-point gradient is worth; nan in a row that is not a number.
-
-    |grad_hidden[n, d]| <= sum over v of |dz[n, v]| * |weight[v, d]| <= (|grad_lse| + |grad_picked|) * bound * peak.
-    """
-    peak = tl.load(weight_peak).to(tl.float32, bitcast=True)
-    largest = (tl.abs(grad_lse) + tl.abs(grad_picked)) * (slope_bound * peak)
-    unit = largest / FIXED_POINT_ONE
-    unit = tl.where(unit < SMALLEST_UNIT, SMALLEST_UNIT, unit)
-    return tl.where(lse == lse, unit, lse)
-
-
-@triton.jit
-def round_blocks(counts, tile_start, round_tiles, round_index, num_tiles, BLOCK_N: tl.constexpr):
+def round_blocks(counts, list_start, round_tiles, round_index, num_tiles, BLOCK_N: tl.constexpr):
     """(first tile, tiles, slots of the dense rows, their blocks, first slot of the tiles' own lists, how many)."""
     first_tile = tl.load(round_tiles + round_index)
     last_tile = tl.load(round_tiles + round_index + 1)
-    dense_slots = tl.cdiv(tl.load(counts + num_tiles), BLOCK_N)
-    first_slot = tl.load(tile_start + first_tile)
+    dense_slots = tl.cdiv(tl.load(counts + 2 * num_tiles), BLOCK_N)
+    first_slot = tl.load(list_start + first_tile)
     tiles = last_tile - first_tile
-    return first_tile, tiles, dense_slots, tiles * dense_slots, first_slot, tl.load(tile_start + last_tile) - first_slot
+    return first_tile, tiles, dense_slots, tiles * dense_slots, first_slot, tl.load(list_start + last_tile) - first_slot
 
 
 @triton.jit(do_not_specialize=["round_index", "num_tiles", "num_columns", "ignore_index"])
@@ -58,7 +45,7 @@ def block_gradient_kernel(
     counts,
     slot_rows,
     slot_tile,
-    tile_start,
+    list_start,
     round_tiles,
     round_index,
     num_tiles,
@@ -82,7 +69,7 @@ def block_gradient_kernel(
     """dz of the blocks of a round."""
     steps = tl.cdiv(width, BLOCK_D)
     first_tile, tiles, dense_slots, dense_blocks, first_slot, own_slots = round_blocks(
-        counts, tile_start, round_tiles, round_index, num_tiles, BLOCK_N
+        counts, list_start, round_tiles, round_index, num_tiles, BLOCK_N
     )
     for work in tl.range(tl.program_id(0), dense_blocks + own_slots, NUM_PROGRAMS):
         if work < dense_blocks:
@@ -142,20 +129,59 @@ def block_gradient_kernel(
             tl.store(dz + offsets, gradient.to(dz.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["round_index", "num_tiles", "num_columns"])
+@triton.jit
+def add_tops(
+    total,  # [BLOCK_V, BLOCK_D]
+    hidden,
+    tile_dz,  # [N], those of the tile
+    slot_rows,
+    list_start,  # of the tile's tops
+    depth,
+    num_rows,
+    width,
+    stride_hn,
+    stride_hd,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """The total with dz of the tops of a tile times their rows: a product with one number in a row of its dz."""
+    slot = tl.load(list_start)
+    steps = (tl.load(list_start + 1) - slot) * (BLOCK_N // STEP)
+    listed = slot_rows + slot.to(tl.int64) * BLOCK_N + tl.arange(0, STEP)
+    # looked up ahead, as below: rows by two steps, what is found with them by one
+    rows = tl.load(listed)
+    next_rows = tl.load(listed + STEP)
+    packed = tl.load(tile_dz + rows, mask=(rows >= 0) & (rows < num_rows), other=0)
+    for step in range(steps):
+        h = gather_rows(hidden, tl.maximum(rows, 0), depth, width, stride_hn, stride_hd, BLOCK_D)
+        hit = tl.arange(0, BLOCK_V)[None, :] == column_of(packed, BLOCK_V)[:, None]
+        g = tl.where(hit, number_of(packed, BLOCK_V)[:, None], 0.0).to(h.dtype)
+        rows = next_rows
+        # what comes after the list was perhaps never written
+        packed = tl.load(tile_dz + rows, mask=(rows >= 0) & (rows < num_rows), other=0)
+        next_rows = tl.load(listed + (step + 2) * STEP)
+        total = tl.dot(g.T, h, total, input_precision="ieee")
+    return total
+
+
+@triton.jit(do_not_specialize=["round_index", "num_rows", "num_tiles", "num_columns"])
 def weight_gradient_kernel(
     hidden,  # pointer, [N, D]
     dense_hidden,  # TMA descriptor or pointer, [slots * BLOCK_N, D], contiguous: those of the dense rows, as listed
     dz,  # TMA descriptor or pointer, [blocks of a round * BLOCK_N, BLOCK_V]
+    top_dz,  # [tiles, N], int32: dz of the tops, with their columns
     share,  # [V]
     skipped_hidden,  # [tiles, D], float32: sum over n of skipped_mass[tile, n] * hidden[n]
     grad_peak,  # one number, by which skipped_mass is divided
     grad_weight,  # [V, D], contiguous
     counts,
     slot_rows,  # with BLOCK_N more at the end
-    tile_start,
+    list_start,
     round_tiles,
     round_index,
+    num_rows,
     num_tiles,
     num_columns,
     width,
@@ -171,7 +197,7 @@ def weight_gradient_kernel(
     """A program completes a block [BLOCK_V, BLOCK_D] of grad_weight: the sum over the blocks of its tile."""
     STEPS: tl.constexpr = BLOCK_N // STEP
     first_tile, tiles, dense_slots, dense_blocks, first_slot, _ = round_blocks(
-        counts, tile_start, round_tiles, round_index, num_tiles, BLOCK_N
+        counts, list_start, round_tiles, round_index, num_tiles, BLOCK_N
     )
     depth_blocks = tl.cdiv(width, BLOCK_D)
     dense_steps = dense_slots * STEPS
@@ -180,8 +206,8 @@ def weight_gradient_kernel(
         tile_in_round = work // depth_blocks
         tile = first_tile + tile_in_round
         depth = (work % depth_blocks) * BLOCK_D
-        slot = tl.load(tile_start + tile)
-        steps = (tl.load(tile_start + tile + 1) - slot) * STEPS
+        slot = tl.load(list_start + tile)
+        steps = (tl.load(list_start + tile + 1) - slot) * STEPS
         total = tl.zeros((BLOCK_V, BLOCK_D), dtype=tl.float32)
         for step in range(dense_steps):
             row = step * STEP
@@ -206,6 +232,10 @@ def weight_gradient_kernel(
             else:
                 g = load_block(dz, block_row, 0, block_row + STEP, BLOCK_V, BLOCK_V, 1, STEP, BLOCK_V)
             total = tl.dot(g.T, h, total, input_precision="ieee")
+        total = add_tops(
+            total, hidden, top_dz + tile.to(tl.int64) * num_rows, slot_rows, list_start + num_tiles + tile, depth,
+            num_rows, width, stride_hn, stride_hd, BLOCK_N, BLOCK_V, BLOCK_D, STEP,
+        )  # fmt: skip
         columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
         depths = depth + tl.arange(0, BLOCK_D)
         column_mask, depth_mask = columns < num_columns, depths < width
@@ -232,7 +262,7 @@ def hidden_gradient_kernel(
     counts,
     slot_rows,
     slot_tile,
-    tile_start,
+    list_start,
     round_tiles,
     round_index,
     num_tiles,
@@ -255,7 +285,7 @@ def hidden_gradient_kernel(
     """
     STEPS: tl.constexpr = BLOCK_V // STEP
     first_tile, tiles, dense_slots, dense_blocks, first_slot, own_slots = round_blocks(
-        counts, tile_start, round_tiles, round_index, num_tiles, BLOCK_N
+        counts, list_start, round_tiles, round_index, num_tiles, BLOCK_N
     )
     depth_blocks = tl.cdiv(width, BLOCK_D)
     dense_work = tl.where(tiles > 0, dense_slots * depth_blocks, 0)
@@ -291,9 +321,7 @@ def hidden_gradient_kernel(
         unit = fixed_point_unit(
             tl.load(grad_lse + rows), tl.load(grad_picked + rows), tl.load(lse + rows), weight_peak, slope_bound
         )
-        summand = tl.floor(total * (1.0 / unit)[:, None] + 0.5).to(tl.int32)
-        even, odd = tl.split(tl.reshape(summand, (BLOCK_N, BLOCK_D // 2, 2)))
-        both = (odd.to(tl.int64) << 32) + even.to(tl.int64)
+        both = to_fixed_point(total, unit)
         pairs = depth // 2 + tl.arange(0, BLOCK_D // 2)
         row_pairs = tl.cdiv(width, 2)
         offsets = rows[:, None].to(tl.int64) * row_pairs + pairs[None, :]
@@ -326,8 +354,6 @@ def complete_hidden_kernel(
         mask = depths < width
         offsets = row.to(tl.int64) * width + depths
         both = tl.load(fixed + row.to(tl.int64) * tl.cdiv(width, 2) + depths // 2, mask=mask, other=0)
-        even = both.to(tl.int32)  # the sum of the even columns may have borrowed from the upper half
-        odd = ((both - even.to(tl.int64)) >> 32).to(tl.int32)
-        computed = tl.where(depths % 2 == 0, even, odd).to(tl.float32) * unit
+        computed = from_fixed_point(both, depths, unit)
         put_back = tl.load(skipped + offsets, mask=mask, other=0.0).to(tl.float32) * peak
         tl.store(grad_hidden + offsets, (computed + put_back).to(grad_hidden.dtype.element_ty), mask=mask)

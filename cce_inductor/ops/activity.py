@@ -1,5 +1,7 @@
 """What the sparse backward computes of a problem: for benchmarks and curious users. Waits for the GPU."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -8,30 +10,35 @@ from ..options import Options
 from . import cuda
 from .launch import device_properties
 from .problem import Problem
-from .row_lists import RowLists, most_blocks_of_a_tile
+from .row_lists import Active, RowLists, most_blocks_of_a_tile
+
+
+class Activity(NamedTuple):
+    """What is computed, each as a share of all (row, vocabulary tile) pairs."""
+
+    pairs: float
+    blocks: float  # of as many rows as a kernel takes: those of the pairs, and what fills them up
+    tokens: float  # pairs of which the heaviest token is computed alone
 
 
 @torch.no_grad()
-def activity(
-    hidden: Tensor, weight: Tensor, target: Tensor, approximate_mass: float | None = None
-) -> tuple[float, float] | None:
-    """(computed pairs, computed blocks) of the backward of the mean cross-entropy of hidden @ weight.T.
+def activity(hidden: Tensor, weight: Tensor, target: Tensor, approximate_mass: float | None = None) -> Activity | None:
+    """What the backward of the mean cross-entropy of hidden @ weight.T computes; None where it would be exact.
 
-    hidden [N, D], weight [V, D], target [N]; approximate_mass: None is the default. Pairs are those of a row and a
-    vocabulary tile, blocks those of as many rows as a kernel takes; both as a share of all there are. None where the
-    backward would be exact.
+    hidden [N, D], weight [V, D], target [N]; approximate_mass: None is the default.
     """
     mass = Options.approximate_mass if approximate_mass is None else approximate_mass
     problem = Problem.plain(hidden, weight, target, Options.workspace_mib, mass)
     if not cuda.may_skip(problem):
         return None
     results = cuda.forward(problem)
-    lse, tile_lse, grad = results.lse, results.tile_lse, (target != -100).float()
-    tiles, rows = tile_lse.shape
-    block_n = tile_config(device_properties(hidden.device)[0], backward=True).block_n
-    most = most_blocks_of_a_tile(rows, block_n)
-    lists = RowLists.of(problem, lse, tile_lse, grad, -grad, tiles * most)
-    *own, dense = lists.counts.tolist()
-    pairs = dense * tiles + sum(own)
-    blocks = lists.tile_start.diff().sum().item() + lists.tile_start[0].item() * tiles
-    return pairs / (tiles * rows), blocks * block_n / (tiles * rows)
+    grad = (target != -100).float()
+    tiles, rows = results.tile_lse.shape
+    config = tile_config(device_properties(hidden.device)[0], backward=True)
+    active = Active.of(problem, results.lse, results.tiles, grad, -grad, config.block_v)
+    most = most_blocks_of_a_tile(rows, config.block_n)
+    starts = RowLists.of(active, config.block_n, tiles * most).list_start[: tiles + 1]
+    own, tops, dense = (part.sum().item() for part in active.counts.split([tiles, tiles, 1]))
+    blocks = (starts[-1] - starts[0] + starts[0] * tiles).item()
+    of_all = 1 / (tiles * rows)
+    return Activity((dense * tiles + own) * of_all, blocks * config.block_n * of_all, tops * of_all)

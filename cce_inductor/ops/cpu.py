@@ -9,7 +9,7 @@ from torch import Tensor
 from .blocks import ALIGNMENT, Fill, exact_backward
 from .counted import counted_rows, spread, with_rows
 from .kept import KeptLogits
-from .problem import LEAST_LOG, MIB, Problem, Reductions, RowGradients, spans
+from .problem import LEAST_LOG, MIB, Problem, Reductions, RowGradients, Tiles, spans
 
 BLOCK_ROWS = 1024
 BLOCK_BYTES = 4 * MIB  # of one block of logits in float32: stays in a last-level cache while it is worked on
@@ -77,7 +77,7 @@ def _as_columns(values: Tensor) -> Tensor:
 
 
 def forward(problem: Problem) -> Reductions:
-    """With an empty tile_lse."""
+    """With nothing recorded of tiles."""
     if not problem.hidden.is_cuda:
         check_targets(problem)
     counted = counted_rows(problem)
@@ -91,7 +91,8 @@ def _spread(problem: Problem, counted: Tensor, few: Reductions) -> Reductions:
     wanted = ["lse", "picked", "total", "lse_rest"]
     wanted += ["maximum", "argmax"] * problem.want_max + ["entropy"] * problem.want_entropy
     vectors = {name: spread(getattr(few, name), counted, problem.num_rows) for name in wanted}
-    return few._replace(**vectors, tile_lse=problem.tile_lse(0))
+    none = problem.tiles(0)
+    return few._replace(**vectors, tile_lse=none.lse, tile_top=none.top)
 
 
 def reduce_rows(problem: Problem, group: slice, block_rows: int, block_columns: int, kept: KeptLogits) -> Reductions:
@@ -120,7 +121,7 @@ def reduce_rows(problem: Problem, group: slice, block_rows: int, block_columns: 
             slice_peak[number, here], slice_sum[number, here] = _sum_exp(x, None if x is place else x, spread)
     lse, lse_rest = _log_sum(slice_peak, slice_sum)
     entropy = _entropy(slice_peak, slice_sum, slice_spread) if problem.want_entropy else problem.zeros(0)
-    return Reductions(lse, picked, slice_total.sum(0), maximum, argmax, entropy, lse_rest, problem.tile_lse(0))
+    return Reductions(lse, picked, slice_total.sum(0), maximum, argmax, entropy, lse_rest, *problem.tiles(0))
 
 
 def _keep_larger(maximum: Tensor, argmax: Tensor, x: Tensor, columns: slice) -> None:
@@ -184,14 +185,14 @@ def _weighted_sum(problem: Problem, x: Tensor, columns: slice) -> Tensor:
 
 
 def backward(
-    problem: Problem, lse: Tensor, tile_lse: Tensor, grads: RowGradients, needs_grad: list[bool]
+    problem: Problem, lse: Tensor, tiles: Tiles, grads: RowGradients, needs_grad: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias for those of the results; always exact."""
     counted = counted_rows(problem)
     if counted is not None:
         part = with_rows(problem, counted)
         part_grads = grads.map(lambda vector: vector[counted] if len(vector) > 0 else vector)  # or nobody wants it
-        few, grad_weight, grad_bias = backward(part, lse[counted], tile_lse, part_grads, needs_grad)
+        few, grad_weight, grad_bias = backward(part, lse[counted], tiles, part_grads, needs_grad)
         return spread(few, counted, problem.num_rows) if needs_grad[0] else few, grad_weight, grad_bias
     return exact_backward(problem, needs_grad, *block_shape(problem), gradient_of(problem, lse, grads, KeptLogits()))
 

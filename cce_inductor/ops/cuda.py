@@ -20,7 +20,7 @@ from . import cpu, sparse
 from .blocks import ALIGNMENT, exact_backward
 from .fallback import first_that_runs, smaller
 from .launch import can_use_tma, describable, device_properties, ignore_arguments, interpretable
-from .problem import LEAST_LOG, Problem, Reductions, RowGradients, spans
+from .problem import LEAST_LOG, Problem, Reductions, RowGradients, Tiles, spans
 
 COLUMN_MULTIPLE = 256  # vocabulary slices are multiples of the widest tile
 NARROWEST_SLICE = 8 * COLUMN_MULTIPLE  # below this, the matmuls of the backward would be short of work
@@ -42,14 +42,14 @@ def supported(problem: Problem) -> bool:
 def kept_tiles(
     device: torch.device, vocab_size: int, compute_dtype: torch.dtype, want_total: bool, approximate_mass: float
 ) -> int:
-    """How many tiles' log-sum-exps the forward keeps for the backward; none unless that may be sparse."""
+    """Of how many tiles the forward keeps records for the backward; of none unless that may be sparse."""
     if device.type != "cuda" or compute_dtype.itemsize != 2 or want_total or approximate_mass == 0:
         return 0
     return -(-vocab_size // tile_config(device_properties(device)[0], backward=False).block_v)
 
 
 def forward(problem: Problem) -> Reductions:
-    """With tile_lse [tiles, N] for a sparse backward, else [0, N].
+    """With a record of each tile for a sparse backward.
 
     lse_rest is zero here: the rounding of 16-bit operands outweighs it by far.
     """
@@ -81,7 +81,8 @@ def may_skip(problem: Problem) -> bool:
 def _aten_forward(problem: Problem) -> Reductions:
     """Of tiles it knows nothing; infinite ones make an approximate backward skip none."""
     assert_targets(problem)
-    return cpu.forward(problem)._replace(tile_lse=problem.tile_lse(_kept_tiles(problem)).fill_(float("inf")))
+    tiles = problem.tiles(_kept_tiles(problem))
+    return cpu.forward(problem)._replace(tile_lse=tiles.lse.fill_(float("inf")), tile_top=tiles.top.zero_())
 
 
 def _triton_forward(problem: Problem) -> Reductions:
@@ -89,7 +90,7 @@ def _triton_forward(problem: Problem) -> Reductions:
     rows = _Rows.of(problem)
     launch = Launch(problem, backward=False, hidden=rows.hidden)
     tiles = -(-problem.vocab_size // launch.config.block_v)
-    results = _TileResults.allocate(problem, tiles)
+    results = _TileResults.allocate(problem, tiles, kept > 0)
     for columns in _forward_slices(problem):
         launch(
             forward_kernel,
@@ -104,15 +105,15 @@ def _triton_forward(problem: Problem) -> Reductions:
             tile_maximum=results.maximum,
             tile_argmax=results.argmax,
             tile_entropy=results.entropy,
+            tile_top=results.top,
+            WANT_TOP=results.top is not None,
             WANT_MAX=problem.want_max,
             WANT_ENTROPY=problem.want_entropy,
             first_tile=columns.start // launch.config.block_v,
             VALUE=template.load(problem.logit_map).value,
         )
     combined = results.combined(problem)
-    return combined._replace(
-        picked=_picked(problem, combined.lse), tile_lse=results.lse if kept else problem.tile_lse(0)
-    )
+    return combined._replace(picked=_picked(problem, combined.lse))
 
 
 @dataclass(frozen=True)
@@ -124,20 +125,22 @@ class _TileResults:
     maximum: Tensor | None
     argmax: Tensor | None  # int32
     entropy: Tensor | None
+    top: Tensor | None  # int32
 
     @classmethod
-    def allocate(cls, problem: Problem, tiles: int) -> "_TileResults":
-        lse = problem.tile_lse(tiles)
+    def allocate(cls, problem: Problem, tiles: int, want_top: bool) -> "_TileResults":
+        lse = problem.hidden.new_empty((tiles, problem.num_rows), dtype=torch.float32)
         return cls(
             lse=lse,
             total=torch.empty_like(lse) if problem.want_total else None,
             maximum=torch.empty_like(lse) if problem.want_max else None,
             argmax=torch.empty_like(lse, dtype=torch.int32) if problem.want_max else None,
             entropy=torch.empty_like(lse) if problem.want_entropy else None,
+            top=torch.empty_like(lse, dtype=torch.int32) if want_top else None,
         )
 
     def combined(self, problem: Problem) -> Reductions:
-        """Of the whole vocabulary, but for picked and tile_lse."""
+        """Of the whole vocabulary, but for picked; with the records of tiles where they are wanted."""
         nothing, counts = problem.zeros(0), problem.counts
 
         def counted(vector: Tensor, otherwise: float) -> Tensor:
@@ -157,7 +160,8 @@ class _TileResults:
         if self.entropy is not None:
             entropy = counted(_entropy(self.lse - lse, self.entropy), 0.0)
         lse = counted(lse, float("inf"))
-        return Reductions(lse, nothing, total, maximum, argmax, entropy, torch.zeros_like(lse), nothing)
+        records = problem.tiles(0) if self.top is None else Tiles(self.lse, self.top)
+        return Reductions(lse, nothing, total, maximum, argmax, entropy, torch.zeros_like(lse), *records)
 
 
 def _entropy(log_mass: Tensor, tile_entropy: Tensor) -> Tensor:
@@ -231,10 +235,10 @@ def _picked(problem: Problem, lse: Tensor) -> Tensor:
 
 
 def backward(
-    problem: Problem, lse: Tensor, tile_lse: Tensor, grads: RowGradients, needs_grad: list[bool]
+    problem: Problem, lse: Tensor, tiles: Tiles, grads: RowGradients, needs_grad: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias for those of the results."""
-    saved = lse, tile_lse, grads, needs_grad
+    saved = lse, tiles, grads, needs_grad
 
     def exact(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
         return _exact_backward(problem, lse, grads, needs_grad)
@@ -242,7 +246,7 @@ def backward(
     ways: dict[str, Callable] = {}
     if supported(problem):
         plain = grads.maximum is None and grads.entropy is None
-        if len(tile_lse) > 0 and plain and sparse.worthwhile(problem, needs_grad):
+        if len(tiles.lse) > 0 and plain and sparse.worthwhile(problem, needs_grad):
             ways["the sparse backward"] = lambda: sparse.backward(problem, *saved)
         ways["the exact Triton backward"] = lambda: exact(problem)
         ways["the exact Triton backward in less memory"] = lambda: exact(smaller(problem))

@@ -14,6 +14,13 @@ LEAST_LOG = -1000.0  # in no dtype has anything below it an exponential other th
 COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+class Tiles(NamedTuple):
+    """What the forward records of each (vocabulary tile, row) pair for a sparse backward; [0, N] without one."""
+
+    lse: Tensor  # [tiles, N], float32
+    top: Tensor  # [tiles, N], int32: the heaviest token's share of the tile, and its place in it (`kernels/tops.py`)
+
+
 class Reductions(NamedTuple):
     """What the operator gives: see `reference.py`. Vectors [N] in the dtype of sums; argmax is int64."""
 
@@ -24,7 +31,12 @@ class Reductions(NamedTuple):
     argmax: Tensor
     entropy: Tensor
     lse_rest: Tensor  # what rounding took from lse
-    tile_lse: Tensor  # [tiles, N], for a sparse backward
+    tile_lse: Tensor  # this and the next are those of `Tiles`
+    tile_top: Tensor
+
+    @property
+    def tiles(self) -> Tiles:
+        return Tiles(self.tile_lse, self.tile_top)
 
 
 class RowGradients(NamedTuple):
@@ -172,9 +184,10 @@ class Problem:
         """The classifier weight of a slice of the vocabulary, in the dtype of the matmuls."""
         return self.weight[columns].to(self.compute_dtype)
 
-    def tile_lse(self, tiles: int) -> Tensor:
-        """Room for a log-sum-exp of each vocabulary tile and row: [tiles, N], float32."""
-        return self.hidden.new_empty((tiles, self.num_rows), dtype=torch.float32)
+    def tiles(self, count: int) -> Tiles:
+        """Room for what is recorded of so many vocabulary tiles."""
+        lse = self.hidden.new_empty((count, self.num_rows), dtype=torch.float32)
+        return Tiles(lse, torch.empty_like(lse, dtype=torch.int32))
 
     def zeros(self, *shape: int) -> Tensor:
         """Where sums begin."""

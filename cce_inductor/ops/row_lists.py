@@ -7,115 +7,166 @@ import triton
 from torch import Tensor
 
 from ..kernels.active import active_kernel
-from ..kernels.config import tile_config
-from ..kernels.lists import lists_kernel, rounds_kernel
-from .launch import device_properties, ignore_arguments
-from .problem import Problem
+from ..kernels.lists import lists_kernel, rounds_kernel, skipped_kernel
+from .launch import ignore_arguments
+from .problem import Problem, Tiles
 
 # A row that needs more than this share of the tiles is dense: all tiles are computed for it, but their products for
 # the hidden states' gradient are summed in registers. Additions in memory cost as much as everything else together.
 DENSE_SHARE = 0.5
+TOP_PART = 2.0**-8  # of the budget: in tiles that are lighter no token is computed alone
 PLANNED_AT_ONCE = 16384  # (row, tile) pairs that a program of the first kernel keeps in registers
+
+
+@dataclass(frozen=True)
+class Active:
+    """What each row needs, as `kernels/active.py` finds it."""
+
+    pairs: Tensor  # [2 * tiles + 1, N], bool: active pairs of rows that are not dense; tops; which rows are dense
+    counts: Tensor  # [2 * tiles + 1], int32
+    row_tokens: Tensor  # [N, tiles], int32: the tops of each row, by their place in the vocabulary
+    row_count: Tensor  # [N], int32: how many there are
+
+    @classmethod
+    def of(
+        cls,
+        problem: Problem,
+        lse: Tensor,
+        tiles: Tiles,
+        grad_lse: Tensor,
+        grad_picked: Tensor,
+        tile_width: int,
+        tops: bool = True,
+    ) -> "Active":
+        """tops: whether tokens may be computed alone."""
+        count, num_rows = tiles.lse.shape
+        active = cls(
+            pairs=torch.empty(2 * count + 1, num_rows, dtype=torch.bool, device=lse.device),
+            counts=torch.zeros(2 * count + 1, dtype=torch.int32, device=lse.device),
+            row_tokens=torch.empty(num_rows, count, dtype=torch.int32, device=lse.device),
+            row_count=torch.empty(num_rows, dtype=torch.int32, device=lse.device),
+        )
+        all_tiles = triton.next_power_of_2(count)
+        rows = max(1, min(32, PLANNED_AT_ONCE // all_tiles))
+        active_kernel[(-(-num_rows // rows),)](
+            tile_lse=tiles.lse,
+            tile_top=tiles.top,
+            lse=lse,
+            grad_lse=grad_lse,
+            grad_picked=grad_picked,
+            target=problem.target,
+            active=active.pairs,
+            counts=active.counts,
+            row_tokens=active.row_tokens,
+            row_count=active.row_count,
+            num_rows=num_rows,
+            num_tiles=count,
+            **ignore_arguments(problem),
+            budget=problem.approximate_mass,
+            lightest_top=problem.approximate_mass * TOP_PART if tops else float("inf"),
+            dense_share=DENSE_SHARE,
+            HAS_TARGET=problem.target is not None,
+            TILE_WIDTH=tile_width,
+            TILES=all_tiles,
+            ROWS=rows,
+            num_warps=8,
+        )
+        return active
+
+    def top_columns(self, tiles: Tiles, rows: Tensor, tile_width: int) -> Tensor:
+        """[tiles, S], int32: the place in its tile of what is computed alone of some rows [S], or -1."""
+        count = len(tiles.lse)
+        tops = self.pairs[count : 2 * count, rows]
+        return torch.where(tops, tiles.top[:, rows] & (tile_width - 1), -1)
 
 
 @dataclass(frozen=True)
 class RowLists:
     """Lists and rounds as `kernels/lists.py` describes them."""
 
-    counts: Tensor  # [tiles + 1], int32
-    tile_start: Tensor  # [tiles + 1], int32
+    counts: Tensor  # [2 * tiles + 1], int32
+    list_start: Tensor  # [2 * tiles + 1], int32
     slot_rows: Tensor  # [slots * block_n], int32; one slot more than there can be, for what is read ahead
     slot_tile: Tensor  # [slots], int32
     round_tiles: Tensor  # [rounds + 1], int32
-    skipped_mass: Tensor  # [tiles, N], in the dtype of the matmuls
-    skips: Tensor  # [tiles], bool
-    grad_peak: Tensor  # [], float32
     rounds: int
 
     @classmethod
-    def of(
-        cls, problem: Problem, lse: Tensor, tile_lse: Tensor, grad_lse: Tensor, grad_picked: Tensor, blocks: int
-    ) -> "RowLists":
+    def of(cls, active: Active, block_n: int, blocks: int) -> "RowLists":
         """blocks: how many fit in the workspace, at least `most_blocks_of_a_tile`."""
-        config = tile_config(device_properties(lse.device)[0], backward=True)
-        tiles, num_rows = tile_lse.shape
-        most = most_blocks_of_a_tile(num_rows, config.block_n)
+        counts = active.counts
+        num_rows, tiles = active.row_tokens.shape
+        most = most_blocks_of_a_tile(num_rows, block_n)
         usable = blocks - most + 1  # of tiles that begin within it the last one adds `most` at most
         rounds = -(-tiles * most // usable)
-        active, counts = _active(problem, lse, tile_lse, grad_lse, grad_picked, config.block_v)
         slots = (tiles + 1) * most + 1
         lists = cls(
             counts=counts,
-            tile_start=counts.new_empty(tiles + 1),
-            slot_rows=counts.new_empty(slots * config.block_n),
+            list_start=torch.empty_like(counts),
+            slot_rows=counts.new_empty(slots * block_n),
             slot_tile=counts.new_empty(slots),
             round_tiles=counts.new_empty(rounds + 1),
-            skipped_mass=tile_lse.new_empty(tile_lse.shape, dtype=problem.compute_dtype),
-            skips=counts.new_empty(tiles, dtype=torch.bool),
-            grad_peak=torch.linalg.vector_norm(grad_lse, ord=float("inf")),
             rounds=rounds,
         )
         rounds_kernel[(1,)](
             counts=counts,
-            tile_start=lists.tile_start,
+            list_start=lists.list_start,
             round_tiles=lists.round_tiles,
             num_tiles=tiles,
             usable=usable,
             rounds=rounds,
-            BLOCK_N=config.block_n,
-            TILES=triton.next_power_of_2(tiles),
+            BLOCK_N=block_n,
+            LISTS=triton.next_power_of_2(2 * tiles),
         )
-        lists_kernel[(tiles + 1,)](
-            tile_lse=tile_lse,
-            lse=lse,
-            grad_lse=grad_lse,
-            grad_peak=lists.grad_peak,
-            active=active,
-            tile_start=lists.tile_start,
+        lists_kernel[(2 * tiles + 1,)](
+            active=active.pairs,
+            list_start=lists.list_start,
             slot_rows=lists.slot_rows,
             slot_tile=lists.slot_tile,
-            skipped_mass=lists.skipped_mass,
-            skips=lists.skips,
             num_rows=num_rows,
             num_tiles=tiles,
-            BLOCK_N=config.block_n,
+            BLOCK_N=block_n,
             ROWS=1024,
             ROW_BLOCKS=triton.next_power_of_2(most),
         )
         return lists
 
 
+@dataclass(frozen=True)
+class Skipped:
+    """The probability mass that is not computed."""
+
+    mass: Tensor  # [tiles, N], in the dtype of the matmuls, times grad_lse / grad_peak
+    anything: Tensor  # [tiles], bool: whether any row skips the tile
+    grad_peak: Tensor  # [], float32
+
+    @classmethod
+    def of(
+        cls, problem: Problem, lse: Tensor, tiles: Tiles, grad_lse: Tensor, active: Active, tile_width: int
+    ) -> "Skipped":
+        count, num_rows = tiles.lse.shape
+        skipped = cls(
+            mass=tiles.lse.new_empty(tiles.lse.shape, dtype=problem.compute_dtype),
+            anything=torch.empty(count, dtype=torch.bool, device=lse.device),
+            grad_peak=torch.linalg.vector_norm(grad_lse, ord=float("inf")),
+        )
+        skipped_kernel[(count,)](
+            tile_lse=tiles.lse,
+            tile_top=tiles.top,
+            lse=lse,
+            grad_lse=grad_lse,
+            grad_peak=skipped.grad_peak,
+            active=active.pairs,
+            skipped_mass=skipped.mass,
+            skips=skipped.anything,
+            num_rows=num_rows,
+            num_tiles=count,
+            TILE_WIDTH=tile_width,
+            ROWS=1024,
+        )
+        return skipped
+
+
 def most_blocks_of_a_tile(num_rows: int, block_n: int) -> int:
     """All rows, in the list of the dense ones and in the tile's own, both of which may end with a part of a slot."""
     return -(-num_rows // block_n) + 1
-
-
-def _active(
-    problem: Problem, lse: Tensor, tile_lse: Tensor, grad_lse: Tensor, grad_picked: Tensor, tile_width: int
-) -> tuple[Tensor, Tensor]:
-    """[tiles + 1, N], bool: the tiles that each row needs unless it is dense, and whether it is; and their counts."""
-    tiles, num_rows = tile_lse.shape
-    active = torch.empty(tiles + 1, num_rows, dtype=torch.bool, device=lse.device)
-    counts = torch.zeros(tiles + 1, dtype=torch.int32, device=lse.device)
-    all_tiles = triton.next_power_of_2(tiles)
-    rows = max(1, min(32, PLANNED_AT_ONCE // all_tiles))
-    active_kernel[(-(-num_rows // rows),)](
-        tile_lse=tile_lse,
-        lse=lse,
-        grad_lse=grad_lse,
-        grad_picked=grad_picked,
-        target=problem.target,
-        active=active,
-        counts=counts,
-        num_rows=num_rows,
-        num_tiles=tiles,
-        **ignore_arguments(problem),
-        budget=problem.approximate_mass,
-        dense_share=DENSE_SHARE,
-        HAS_TARGET=problem.target is not None,
-        TILE_WIDTH=tile_width,
-        TILES=all_tiles,
-        ROWS=rows,
-        num_warps=8,
-    )
-    return active, counts

@@ -2,9 +2,10 @@
 
 The forward stored the log-sum-exp of every row and vocabulary tile. With the final lse they are probability masses, so
 the backward knows before it starts which tiles each row needs: all but the lightest, whose summed mass stays within a
-budget (`kernels/active.py`). Each tile gathers the rows that need it (`kernels/lists.py`). What is skipped is replaced
-by its exact mass, spread over each tile as rows spread it on average (`kernels/share.py`): two products as many times
-smaller as a tile has columns. `kernels/sparse.py` has the formulas.
+budget (`kernels/active.py`). Each tile gathers the rows that need it (`kernels/lists.py`). Of a tile that is skipped,
+the heaviest token is computed if it stands out (`kernels/top_gradient.py`). The others are replaced by their mass,
+spread over each tile as rows spread it on average (`kernels/share.py`): two products as many times smaller as a tile
+has columns. `kernels/sparse.py` has the formulas.
 """
 
 import contextlib
@@ -25,12 +26,15 @@ from ..kernels.sparse import (
     hidden_gradient_kernel,
     weight_gradient_kernel,
 )
+from ..kernels.top_gradient import top_gradient_kernel
 from .launch import Rounds, can_use_tma, device_properties, ignore_arguments, interpretable, l2_cache_bytes
-from .problem import Problem, RowGradients
-from .row_lists import RowLists, most_blocks_of_a_tile
+from .problem import Problem, RowGradients, Tiles
+from .row_lists import Active, RowLists, Skipped, most_blocks_of_a_tile
 
 LEAST_FLOPS = 10**12  # of the logits, one to two milliseconds: as long as the host takes to start the kernels
 SAMPLED_ROWS = 128  # from which the share of each token in its tile is estimated
+LIST_BYTES = 10  # of slots, skipped mass and what is computed alone, for a pair of a tile and a row
+TOKEN_NUMBERS = 16384  # of rows of the weight that a program keeps in registers
 _compensates = True
 
 
@@ -45,25 +49,24 @@ def worthwhile(problem: Problem, needs_grad: list[bool]) -> bool:
 
 
 def backward(
-    problem: Problem, lse: Tensor, tile_lse: Tensor, grads: RowGradients, needs_grad: list[bool]
+    problem: Problem, lse: Tensor, tiles: Tiles, grads: RowGradients, needs_grad: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(grad_hidden, grad_weight, an empty one for the bias), from what `cuda.forward` gave."""
-    sparse = _SparseBackward(problem, lse, tile_lse, grads.lse, grads.picked)
+    sparse = _SparseBackward(problem, lse, tiles, grads.lse, grads.picked, needs_grad[0])
     empty = problem.hidden.new_empty(0)
-    grad_hidden, grad_weight, fixed = empty, empty, empty
+    grad_hidden, grad_weight = empty, empty
     kernels = [sparse.blocks()]
     if needs_grad[1]:
-        skipped_hidden = _float32_product(sparse.lists.skipped_mass, problem.hidden)
+        skipped_hidden = _float32_product(sparse.skipped.mass, problem.hidden)
         grad_weight = torch.empty(problem.weight.shape, dtype=problem.weight.dtype, device=lse.device)
         kernels.append(sparse.weight_gradient(skipped_hidden, grad_weight))
     if needs_grad[0]:
-        fixed = torch.zeros(problem.num_rows, -(-problem.width // 2), dtype=torch.int64, device=lse.device)
-        kernels.append(sparse.hidden_gradient(fixed))
+        kernels.append(sparse.hidden_gradient())
     for round_index in range(sparse.lists.rounds):
         for kernel in kernels:
             kernel(round_index)
     if needs_grad[0]:
-        grad_hidden = sparse.complete_hidden(fixed)
+        grad_hidden = sparse.complete_hidden()
     return grad_hidden, grad_weight, empty
 
 
@@ -92,30 +95,42 @@ def without_compensation() -> Iterator[None]:
 class _SparseBackward:
     """The kernels of one sparse backward with the operands that they share."""
 
-    def __init__(self, problem: Problem, lse: Tensor, tile_lse: Tensor, grad_lse: Tensor, grad_picked: Tensor) -> None:
+    def __init__(
+        self, problem: Problem, lse: Tensor, tiles: Tiles, grad_lse: Tensor, grad_picked: Tensor, want_hidden: bool
+    ) -> None:
         self.problem, self.lse, self.grad_lse, self.grad_picked = problem, lse, grad_lse, grad_picked
         capability, self.processors = device_properties(lse.device)
         self.config, self.products = tile_config(capability, backward=True), product_config(capability)
         self.weight = interpretable(problem.weight.to(problem.compute_dtype))
         self.hidden = interpretable(problem.hidden)
         self.function = template.load(problem.logit_map).value_and_slope
+        block_n, block_v = self.config.block_n, self.config.block_v
 
-        self.tiles = len(tile_lse)
-        most = most_blocks_of_a_tile(problem.num_rows, self.config.block_n)
-        block_bytes = self.config.block_n * self.config.block_v * problem.compute_dtype.itemsize
-        dense_rows = -(-problem.num_rows // self.config.block_n) * self.config.block_n  # of slots, should all be dense
-        room = problem.workspace_bytes - dense_rows * problem.width * problem.compute_dtype.itemsize
-        blocks = min(max(room // block_bytes, most), self.tiles * most)
-        self.lists = RowLists.of(problem, lse, tile_lse, grad_lse, grad_picked, blocks)
+        self.tiles = len(tiles.lse)
+        most = most_blocks_of_a_tile(problem.num_rows, block_n)
+        dense_rows = -(-problem.num_rows // block_n) * block_n  # of slots, should all be dense
+        blocks = self._blocks(dense_rows, most)
+        active = Active.of(problem, lse, tiles, grad_lse, grad_picked, block_v, tops=_compensates)
+        self.lists = RowLists.of(active, block_n, blocks)
+        self.skipped = Skipped.of(problem, lse, tiles, grad_lse, active, block_v)
         if not _compensates:
-            self.lists.skipped_mass.zero_()
+            self.skipped.mass.zero_()
         # the hidden states of the dense rows, as they are listed; what comes after them is not read
         self.dense_hidden = self.hidden[self.lists.slot_rows[:dense_rows].clamp(0, problem.num_rows - 1)]
         self.tma = can_use_tma(self.weight, self.dense_hidden)  # as can be any other gathered rows of hidden states
-        self.dz = self.hidden.new_empty(blocks * self.config.block_n, self.config.block_v)
-        self._estimate_shares()
+        self._estimate_shares(active, tiles)
+        self._compute_tops(active, want_hidden)
+        del active  # the workspace takes its memory
+        self.dz = self.hidden.new_empty(blocks * block_n, block_v)
 
-    def _estimate_shares(self) -> None:
+    def _blocks(self, dense_rows: int, most: int) -> int:
+        """How many blocks of a round there is room for beside the lists: at least those of a tile, at most all."""
+        problem, size = self.problem, self.problem.compute_dtype.itemsize
+        lists = LIST_BYTES * self.tiles * problem.num_rows
+        room = problem.workspace_bytes - lists - dense_rows * problem.width * size
+        return min(max(room // (self.config.block_n * self.config.block_v * size), most), self.tiles * most)
+
+    def _estimate_shares(self, active: Active, tiles: Tiles) -> None:
         """How a tile's skipped mass is spread over its columns, from some of the rows."""
         problem, config = self.problem, self.config
         sample = _evenly_spaced(self.grad_lse != 0, min(SAMPLED_ROWS, problem.num_rows))
@@ -128,8 +143,9 @@ class _SparseBackward:
             hidden=self._blocks_of(hidden, config.block_n, config.block_d),
             lse=self.lse[sample],
             grad_lse=self.grad_lse[sample],
-            skipped_mass=self.lists.skipped_mass[:, sample],
-            skips=self.lists.skips,
+            skipped_mass=self.skipped.mass[:, sample],
+            top_column=active.top_columns(tiles, sample, config.block_v),
+            skips=self.skipped.anything,
             share=self.share,
             skipped_weight=self.skipped_weight,
             weight_peak=self.weight_peak,
@@ -139,6 +155,43 @@ class _SparseBackward:
             stride_hd=hidden.stride(1),
             NUM_STAGES=config.num_stages,
             NUM_PROGRAMS=self.processors,
+        )
+
+    def _compute_tops(self, active: Active, want_hidden: bool) -> None:
+        """The tokens that are computed alone. Their part of the hidden states' gradient begins its sums."""
+        problem = self.problem
+        rows, width = problem.hidden.shape
+        block_d = max(2, triton.next_power_of_2(width))  # sums are kept in pairs
+        self.top_dz = torch.empty(self.tiles, rows, dtype=torch.int32, device=self.lse.device)
+        pairs = -(-width // 2) if want_hidden else 0
+        self.fixed = torch.empty(rows, pairs, dtype=torch.int64, device=self.lse.device)
+        top_gradient_kernel[(rows,)](
+            hidden=self.hidden,
+            weight=self.weight,
+            bias=problem.bias,
+            lse=self.lse,
+            grad_lse=self.grad_lse,
+            grad_picked=self.grad_picked,
+            weight_peak=self.weight_peak,
+            row_tokens=active.row_tokens,
+            row_count=active.row_count,
+            top_dz=self.top_dz,
+            fixed=self.fixed,
+            num_rows=rows,
+            num_tiles=self.tiles,
+            width=width,
+            slope_bound=problem.logit_map.slope_bound,
+            stride_hn=self.hidden.stride(0),
+            stride_hd=self.hidden.stride(1),
+            stride_wv=self.weight.stride(0),
+            stride_wd=self.weight.stride(1),
+            VALUE_AND_SLOPE=self.function,
+            HAS_BIAS=problem.bias is not None,
+            WANT_HIDDEN=want_hidden,
+            BLOCK_V=self.config.block_v,
+            BLOCK_D=block_d,
+            TOKENS=max(1, TOKEN_NUMBERS // block_d),
+            num_warps=self.config.num_warps,
         )
 
     def blocks(self) -> Rounds:
@@ -172,10 +225,12 @@ class _SparseBackward:
             hidden=self.hidden,
             dense_hidden=self._blocks_of(self.dense_hidden, step, self.products.weight_depth),
             dz=self._blocks_of(self.dz, step, self.config.block_v),
+            top_dz=self.top_dz,
             share=self.share,
             skipped_hidden=skipped_hidden,
-            grad_peak=self.lists.grad_peak,
+            grad_peak=self.skipped.grad_peak,
             grad_weight=grad_weight,
+            num_rows=self.problem.num_rows,
             stride_hn=self.hidden.stride(0),
             stride_hd=self.hidden.stride(1),
             USE_TMA=self.tma,
@@ -184,7 +239,7 @@ class _SparseBackward:
             **self._lists(),
         )
 
-    def hidden_gradient(self, fixed: Tensor) -> Rounds:
+    def hidden_gradient(self) -> Rounds:
         """Adds the blocks of a round to the gradient of the hidden states, in fixed point."""
         products = self.products
         return Rounds(
@@ -196,7 +251,7 @@ class _SparseBackward:
             grad_lse=self.grad_lse,
             grad_picked=self.grad_picked,
             weight_peak=self.weight_peak,
-            fixed=fixed,
+            fixed=self.fixed,
             slot_tile=self.lists.slot_tile,
             depths_at_once=self._depths_at_once(),
             slope_bound=self.problem.logit_map.slope_bound,
@@ -210,18 +265,18 @@ class _SparseBackward:
         column_bytes = self.problem.num_rows * self.products.hidden_depth * 4
         return max(1, l2_cache_bytes(self.lse.device) // 2 // column_bytes)
 
-    def complete_hidden(self, fixed: Tensor) -> Tensor:
+    def complete_hidden(self) -> Tensor:
         """The gradient of the hidden states, from what all rounds added and what was skipped."""
-        problem, lists = self.problem, self.lists
-        grad_hidden = torch.empty(problem.hidden.shape, dtype=problem.hidden_dtype, device=fixed.device)
+        problem = self.problem
+        grad_hidden = torch.empty(problem.hidden.shape, dtype=problem.hidden_dtype, device=self.lse.device)
         complete_hidden_kernel[(problem.num_rows,)](
-            fixed=fixed,
-            skipped=lists.skipped_mass.T @ self.skipped_weight,
+            fixed=self.fixed,
+            skipped=self.skipped.mass.T @ self.skipped_weight,
             lse=self.lse,
             grad_lse=self.grad_lse,
             grad_picked=self.grad_picked,
             weight_peak=self.weight_peak,
-            grad_peak=lists.grad_peak,
+            grad_peak=self.skipped.grad_peak,
             grad_hidden=grad_hidden,
             num_rows=problem.num_rows,
             width=problem.width,
@@ -275,7 +330,7 @@ class _SparseBackward:
         return {
             "counts": self.lists.counts,
             "slot_rows": self.lists.slot_rows,
-            "tile_start": self.lists.tile_start,
+            "list_start": self.lists.list_start,
             "round_tiles": self.lists.round_tiles,
             "num_tiles": self.tiles,
             "NUM_PROGRAMS": self.processors,

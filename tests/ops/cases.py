@@ -126,7 +126,7 @@ def ours(case, implementation, **changes):
     results = implementation.forward(problem)
     needs_grad = [True, True, case.bias]
     grads = case.row_gradients(results)
-    gradients = implementation.backward(problem, results.lse, results.tile_lse, grads, needs_grad)
+    gradients = implementation.backward(problem, results.lse, results.tiles, grads, needs_grad)
     wanted = [getattr(results, name) for name in case.names if not name.startswith("grad")]
     return [*wanted, *gradients[: 2 + case.bias]]
 

@@ -12,7 +12,7 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import InterpreterError, OutOfResources, PTXASError
 
 from cce_inductor.ops import cpu, cuda, fallback, in_forward, sparse
-from cce_inductor.ops.problem import RowGradients
+from cce_inductor.ops.problem import RowGradients, Tiles
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs in Triton's interpreter")
 
@@ -144,12 +144,12 @@ def test_after_a_forward_through_aten_a_sparse_backward_skips_nothing(monkeypatc
     monkeypatch.setattr(cuda, "kept_tiles", lambda *_: 4)
     monkeypatch.setattr(cuda, "forward_kernel", Broken(OF_THE_MACHINE["compilation"]))
     with pytest.warns(RuntimeWarning, match="the Triton forward"):
-        lse, *_, tile_lse = cuda.forward(problem)
-    assert tile_lse.shape == (4, 9)
+        lse, *_, tile_lse, tile_top = cuda.forward(problem)
+    assert tile_lse.shape == tile_top.shape == (4, 9)
     needs_grad = [True, True, False]
     grads = RowGradients(*case.grads[:3])
-    gradients = cuda.backward(problem, lse, tile_lse, grads, needs_grad)
-    for mine, theirs in zip(gradients, cpu.backward(problem, lse, tile_lse, grads, needs_grad), strict=True):
+    saved = problem, lse, Tiles(tile_lse, tile_top), grads, needs_grad
+    for mine, theirs in zip(cuda.backward(*saved), cpu.backward(*saved), strict=True):
         torch.testing.assert_close(mine, theirs)
 
 

@@ -121,7 +121,7 @@ def test_only_the_gradients_asked_for_are_computed(implementation, needs_grad):
     results = implementation.forward(problem)
     everything, gradients = (
         implementation.backward(
-            problem, results.lse, results.tile_lse, case.row_gradients(results), list(map(bool, needs))
+            problem, results.lse, results.tiles, case.row_gradients(results), list(map(bool, needs))
         )
         for needs in ((1, 1, 1), needs_grad)
     )

@@ -8,8 +8,10 @@ from cases import MAPS, Case, assert_no_worse, eager, exact, uncertainty
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cce_inductor.kernels import active as active_rules
 from cce_inductor.ops import cuda, row_lists, sparse
-from cce_inductor.ops.row_lists import RowLists
+from cce_inductor.ops.problem import Tiles
+from cce_inductor.ops.row_lists import Active, RowLists, Skipped
 
 TILE_ROWS, TILE_WIDTH = 16, 32  # of the interpreter's tiles
 
@@ -37,20 +39,31 @@ def make(rows, vocab, width, **options):
 def backward(case, mass, workspace_bytes=1 << 16):
     problem = case.problem(approximate_mass=mass, workspace_bytes=workspace_bytes)
     lse = cuda.forward(problem)[0]
-    return sparse.backward(problem, lse, tile_lse(case, problem), case.row_gradients(), [True, True, False])
+    return sparse.backward(problem, lse, recorded(case, problem), case.row_gradients(), [True, True, False])
 
 
-def tile_lse(case, problem):
+def recorded(case, problem):
+    """What the forward records of the tiles, of which it keeps nothing on a CPU."""
     bias = 0.0 if case.bias_vector is None else case.bias_vector.double()
     x = problem.logit_map(case.hidden.double() @ case.weight.double().T + bias)
-    return torch.stack([tile.logsumexp(1) for tile in x.split(TILE_WIDTH, dim=1)]).float()
+    tiles = [tile.log_softmax(1).max(1) for tile in x.split(TILE_WIDTH, dim=1)]
+    shares = torch.stack([log_share.exp().float() for log_share, _ in tiles]).view(torch.int32)
+    columns = torch.stack([column.int() for _, column in tiles])
+    lse = torch.stack([tile.logsumexp(1) for tile in x.split(TILE_WIDTH, dim=1)])
+    return Tiles(lse.float(), (shares & -TILE_WIDTH) | columns)
 
 
-def all_active(problem, lse, tiles, grads):
-    """[tiles, N]: the tiles that each row needs, with no row dense."""
+def all_active(problem, lse, tiles, grads, tops=True):
+    """What each row needs, with no row dense."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(row_lists, "DENSE_SHARE", 1.0)
-        return row_lists._active(problem, lse, tiles, grads[0], grads[1], TILE_WIDTH)[0][:-1]
+        return Active.of(problem, lse, tiles, grads[0], grads[1], TILE_WIDTH, tops)
+
+
+def active_and_tops(active):
+    """Two [tiles, N]."""
+    pairs = active.pairs[:-1]
+    return pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]
 
 
 @given(
@@ -85,6 +98,66 @@ def test_the_sample_is_of_rows_that_count(holds, count):
         assert chosen == [places[(2 * i + 1) * len(places) // (2 * count)] for i in range(count)]
 
 
+def specified(case, problem, lse, tiles, dense_share):
+    """The gradients of hidden and weight in float64, as `kernels/sparse.py` and `kernels/share.py` specify them.
+
+    Then the sums of the absolute values of what is added up there.
+    """
+    grads = [grad.double() for grad in case.grads[:2]]
+    counts = case.targets != case.ignore_index
+    bias = 0.0 if case.bias_vector is None else case.bias_vector.double()
+    hidden, weight = case.hidden.double(), case.weight.double()
+    x, slope = problem.logit_map.value_and_derivative(hidden @ weight.T + bias)
+    slope = torch.ones_like(x) if slope is None else slope
+    p = torch.exp(x - lse.double()[:, None])
+    active, tops = active_and_tops(all_active(problem, lse, tiles, case.grads))
+    dense = active.sum(0) > dense_share * len(active)
+    active, tops = active | (dense & counts), tops & ~dense
+    tile_of = torch.arange(x.shape[1]) // TILE_WIDTH
+    top_of = torch.where(tops, tiles.top % TILE_WIDTH, -1)
+    computed = active[tile_of].T | (torch.arange(x.shape[1]) % TILE_WIDTH == top_of[tile_of].T)
+    rest = torch.where(computed, 0.0, p)  # of rows and columns
+
+    sample = sparse._evenly_spaced(case.grads[0] != 0, min(sparse.SAMPLED_ROWS, case.rows))
+    weights = grads[0][sample, None].abs() * torch.where(active[tile_of].T[sample], 2.0**-10, 1 + 2.0**-10)
+    weights = weights * torch.where(torch.arange(x.shape[1]) % TILE_WIDTH == top_of[tile_of].T, 0.0, 1.0)[sample]
+    in_tile = torch.nn.functional.one_hot(tile_of).double()  # [V, tiles]
+    share = (weights * p[sample] * slope[sample]).sum(0) / ((weights * p[sample]).sum(0) @ in_tile)[tile_of]
+    share = torch.where(share.isfinite() & (rest != 0).any(0), share, 0.0)
+
+    kept = torch.where(computed, p * grads[0][:, None], 0.0) * slope
+    kept += (rest * grads[0][:, None] @ in_tile)[:, tile_of] * share
+    picked = torch.zeros_like(kept)
+    picked[counts, case.targets[counts]] = grads[1][counts]
+    picked *= slope
+    dz, size = kept + picked, kept.abs() + picked.abs()
+    return dz @ weight, dz.T @ hidden, size @ weight.abs(), size.T @ hidden.abs()
+
+
+@given(
+    rows=st.integers(1, 70),
+    vocab=st.integers(1, 150),
+    width=st.integers(1, 40),
+    logit_map=st.sampled_from(MAPS),
+    bias=st.booleans(),
+    mass=st.sampled_from([2**-5, 2**-2]),
+    dense_share=st.sampled_from([0.6, 1.0]),
+    seed=st.integers(0, 99),
+)
+def test_the_gradients_are_the_specified_ones(rows, vocab, width, logit_map, bias, mass, dense_share, seed):
+    case = make(rows, vocab, width, logit_map=logit_map, bias=bias, seed=seed)
+    problem = case.problem(approximate_mass=mass)
+    lse, tiles = cuda.forward(problem)[0], recorded(case, problem)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row_lists, "DENSE_SHARE", dense_share)
+        gradients = sparse.backward(problem, lse, tiles, case.row_gradients(), [True, True, False])[:2]
+    *wanted, of_hidden, of_weight = specified(case, problem, lse, tiles, dense_share)
+    # a token's share of its tile, and its dz, give five bits to its place
+    cut_off = 2 * TILE_WIDTH * torch.finfo(torch.float32).eps
+    for mine, theirs, size in zip(gradients, wanted, (of_hidden, of_weight), strict=True):
+        assert (mine.double() - theirs).norm() <= cut_off * size.norm()
+
+
 @given(mass=st.sampled_from([2**-5, 2**-3, 2**-1]), seed=st.integers(0, 99))
 def test_skipped_mass_is_put_back_in_its_tile(mass, seed):
     """With hidden states of ones in one place, the weight's gradient there sums to all rows' gradients of the lse."""
@@ -108,28 +181,90 @@ def _tile_masses(case):
 def test_what_a_row_skips_stays_within_the_budget_and_never_its_target(mass):
     case = make(50, 150, 24)
     problem = case.problem(approximate_mass=mass)
-    lse, tiles = cuda.forward(problem)[0], tile_lse(case, problem)
-    active = all_active(problem, lse, tiles, case.grads)
+    lse, tiles = cuda.forward(problem)[0], recorded(case, problem)
+    active, tops = active_and_tops(all_active(problem, lse, tiles, case.grads))
     counts = case.targets != -100
-    skipped = torch.where(active, 0.0, torch.exp(tiles - lse)).sum(0)[counts]
+    mass_of = torch.exp(tiles.lse - lse)
+    approximated = torch.where(tops, mass_of * (1 - shares_of(tiles)), torch.where(active, 0.0, mass_of))
+    skipped = approximated.sum(0)[counts]
     assert (skipped <= mass * (1 + 1e-5)).all()
     assert skipped.max() > 0
     assert active[case.targets[counts] // TILE_WIDTH, counts.nonzero().squeeze(1)].all()
-    assert not active[:, ~counts].any()
+    assert not (active | tops)[:, ~counts].any()
+
+
+@given(
+    rows=st.integers(1, 40),
+    vocab=st.integers(1, 150),
+    logit_map=st.sampled_from(MAPS),
+    bias=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_the_forward_records_the_heaviest_token_of_each_tile(rows, vocab, logit_map, bias, seed):
+    case = make(rows, vocab, 16, logit_map=logit_map, bias=bias, seed=seed, ignore_index=-1)
+    problem = case.problem(approximate_mass=2**-5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "kept_tiles", lambda *_: -(-vocab // TILE_WIDTH))
+        tiles = cuda.forward(problem).tiles
+    wanted = recorded(case, problem)
+    # of two tokens that are equally heavy either may be found, and the place takes five bits
+    cut_off = 2 * TILE_WIDTH * torch.finfo(torch.float32).eps
+    torch.testing.assert_close(tiles.lse, wanted.lse)
+    torch.testing.assert_close(shares_of(tiles), shares_of(wanted), rtol=cut_off, atol=0)
+    bias_vector = 0.0 if case.bias_vector is None else case.bias_vector
+    x = problem.logit_map(case.hidden @ case.weight.T + bias_vector)
+    for number, columns in enumerate(tiles.top % TILE_WIDTH):
+        of_tile = x[:, number * TILE_WIDTH : (number + 1) * TILE_WIDTH]
+        found = of_tile.gather(1, columns[:, None].long()).squeeze(1)
+        assert (found >= of_tile.amax(1) - cut_off - 1e-5 * of_tile.amax(1).abs()).all()
+
+
+def shares_of(tiles):
+    return (tiles.top & -TILE_WIDTH).view(torch.float32)
+
+
+def of_masses(masses, share=0.0):
+    """Records of tiles with these masses [tiles, N], of rows whose lse is 0, and whose heaviest token has a share."""
+    top = torch.full_like(masses, share).view(torch.int32) & -TILE_WIDTH
+    return Tiles(masses.log(), top)
 
 
 @pytest.mark.parametrize("mass", [2**-4, 2**-2])
-def test_many_light_tiles_are_skipped_to_within_the_budget(mass):
-    """Each of them is light enough, and all of them together are too heavy."""
-    light, rows = 600, 8
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_many_light_tiles_are_skipped_to_within_the_budget(mass, share):
+    """Each of them is light enough, and all of them together are too heavy. Of tops only the rest counts."""
+    light, rows = 150, 8
     case = make(rows, (light + 1) * TILE_WIDTH, 1)
-    shares = torch.rand(light, rows, generator=torch.Generator().manual_seed(0)) * mass / 128
+    shares = torch.rand(light, rows, generator=torch.Generator().manual_seed(0)) * mass / 32
     shares = torch.cat([shares, 1 - shares.sum(0, keepdim=True)])
     gradients = torch.ones(rows), torch.zeros(rows)
-    active = all_active(case.problem(approximate_mass=mass), torch.zeros(rows), shares.log(), gradients)
-    skipped = torch.where(active, 0.0, shares).sum(0)
+    problem = case.problem(approximate_mass=mass)
+    active = all_active(problem, torch.zeros(rows), of_masses(shares, share), gradients)
+    active, tops = active_and_tops(active)
+    assert torch.equal(tops, ~active & (shares >= mass * row_lists.TOP_PART) & (share > 0))
+    skipped = torch.where(active, 0.0, torch.where(tops, (1 - share) * shares, shares)).sum(0)
     assert (skipped <= mass * (1 + 1e-5)).all()
     assert (skipped > 0.9 * mass).all()
+
+
+@pytest.mark.parametrize(("weight", "share", "computed"), [(1.0, 0.5, True), (1.0, 0.1, False), (0.1, 0.5, False)])
+def test_a_token_is_computed_alone_where_it_stands_out(weight, share, computed):
+    """In tiles that are heavy enough, and that it has enough of."""
+    mass = 2**-3
+    case = make(1, 20 * TILE_WIDTH, 1)
+    masses = torch.full((20, 1), weight * mass * row_lists.TOP_PART * 1.01)
+    masses[0] = 1 - masses[1:].sum()
+    gradients = torch.ones(1), torch.zeros(1)
+    active = all_active(case.problem(approximate_mass=mass), torch.zeros(1), of_masses(masses, share), gradients)
+    assert active_and_tops(active)[1].any() == computed
+    assert share < active_rules.LEAST_SHARE.value or weight < 1 or computed
+    assert active.row_count.item() == 19 * computed
+    if computed:  # the first column of each but the first tile
+        assert active.row_tokens[0, :19].tolist() == [TILE_WIDTH * tile for tile in range(1, 20)]
+    without = all_active(
+        case.problem(approximate_mass=mass), torch.zeros(1), of_masses(masses, share), gradients, False
+    )
+    assert not active_and_tops(without)[1].any()
 
 
 def test_the_error_shrinks_with_the_budget():
@@ -157,7 +292,7 @@ def test_a_row_that_is_not_a_number_shows_in_the_gradients_as_in_eager():
 def test_only_what_is_needed_is_computed(needs_grad):
     case = make(40, 100, 16)
     problem = case.problem(approximate_mass=0.0)
-    lse, tiles = cuda.forward(problem)[0], tile_lse(case, problem)
+    lse, tiles = cuda.forward(problem)[0], recorded(case, problem)
     some = sparse.backward(problem, lse, tiles, case.row_gradients(), needs_grad)
     both = sparse.backward(problem, lse, tiles, case.row_gradients(), [True, True, False])
     for gradient, full, needed in zip(some, both, needs_grad, strict=True):
@@ -175,30 +310,36 @@ def test_only_what_is_needed_is_computed(needs_grad):
 def test_lists_hold_each_needed_pair_once_and_rounds_fit_in_the_workspace(rows, vocab, extra, mass, dense_share, seed):
     case = make(rows, vocab, 16, seed=seed)
     problem = case.problem(approximate_mass=mass)
-    lse, tiles = cuda.forward(problem)[0], tile_lse(case, problem)
-    needed = all_active(problem, lse, tiles, case.grads)
+    lse, tiles = cuda.forward(problem)[0], recorded(case, problem)
+    needed, tops = active_and_tops(all_active(problem, lse, tiles, case.grads))
     most = row_lists.most_blocks_of_a_tile(rows, TILE_ROWS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(row_lists, "DENSE_SHARE", dense_share)
-        active, counts = row_lists._active(problem, lse, tiles, case.grads[0], case.grads[1], TILE_WIDTH)
-        lists = RowLists.of(problem, lse, tiles, case.grads[0], case.grads[1], most + extra)
-    *own, dense = active
-    assert torch.equal(dense, needed.sum(0) > dense_share * len(tiles))
-    assert torch.equal(torch.stack(own), needed & ~dense)
-    assert torch.equal(counts, active.sum(1))
+        active = Active.of(problem, lse, tiles, case.grads[0], case.grads[1], TILE_WIDTH)
+    lists = RowLists.of(active, TILE_ROWS, most + extra)
+    skipped = Skipped.of(problem, lse, tiles, case.grads[0], active, TILE_WIDTH)
+    *listed, dense = active.pairs
+    assert torch.equal(dense, needed.sum(0) > dense_share * len(needed))
+    assert torch.equal(torch.stack(listed), torch.cat([needed & ~dense, tops & ~dense]))
+    assert torch.equal(active.counts, active.pairs.sum(1))
+    for row, count in enumerate(active.row_count.tolist()):
+        of_row = (tops & ~dense)[:, row].nonzero().squeeze(1)
+        columns = tiles.top[of_row, row] & (TILE_WIDTH - 1)
+        assert torch.equal(active.row_tokens[row, :count].long(), of_row * TILE_WIDTH + columns)
 
-    starts = lists.tile_start.tolist()
+    starts = lists.list_start.tolist()
     assert_list(lists, dense, 0, starts[0])
-    for tile, rows_of_tile in enumerate(own):
-        assert_list(lists, rows_of_tile, starts[tile], starts[tile + 1])
-        assert (lists.slot_tile[starts[tile] : starts[tile + 1]] == tile).all()
-    mass = torch.exp(tiles - lse) * case.grads[0] / case.grads[0].abs().max()
+    for index, rows_of_list in enumerate(listed):
+        assert_list(lists, rows_of_list, starts[index], starts[index + 1])
+        assert (lists.slot_tile[starts[index] : starts[index + 1]] == index % len(needed)).all()
+    mass = torch.exp(tiles.lse - lse) * case.grads[0] / case.grads[0].abs().max()
+    mass = torch.where(tops, mass * (1 - shares_of(tiles)), mass)
     wanted = torch.where(needed | dense, 0.0, mass.nan_to_num())
-    torch.testing.assert_close(lists.skipped_mass, wanted, rtol=1e-5, atol=1e-12)
-    assert torch.equal(lists.skips, (~needed & ~dense & (case.grads[0] != 0)).any(1))
+    torch.testing.assert_close(skipped.mass, wanted, rtol=1e-5, atol=1e-12)
+    assert torch.equal(skipped.anything, (~needed & ~dense & (case.grads[0] != 0)).any(1))
 
-    assert lists.round_tiles[[0, -1]].tolist() == [0, len(tiles)]
-    blocks = lists.tile_start.diff() + starts[0]
+    assert lists.round_tiles[[0, -1]].tolist() == [0, len(needed)]
+    blocks = lists.list_start[: len(needed) + 1].diff() + starts[0]
     for first, last in zip(lists.round_tiles, lists.round_tiles[1:], strict=False):
         assert blocks[first:last].sum() <= most + extra
 
