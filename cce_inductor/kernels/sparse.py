@@ -234,7 +234,7 @@ def weight_gradient_kernel(
             total = tl.dot(g.T, h, total, input_precision="ieee")
         total = add_tops(
             total, hidden, top_dz + tile.to(tl.int64) * num_rows, slot_rows, list_start + num_tiles + tile, depth,
-            num_rows, width, stride_hn, stride_hd, BLOCK_N, BLOCK_V, BLOCK_D, STEP,
+            num_rows, width, stride_hn, stride_hd, BLOCK_N, BLOCK_V, BLOCK_D, STEP // 2,
         )  # fmt: skip
         columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
         depths = depth + tl.arange(0, BLOCK_D)
