@@ -50,7 +50,7 @@ def linear_cross_entropy(
     compute_dtype = torch.get_autocast_dtype(input.device.type) if autocast else input.dtype
     target_rows = target.reshape(-1).long()
     smooth = label_smoothing > 0
-    lse, picked, total, _, _, _, lse_rest, _ = vocab_reductions(
+    lse, picked, total, _, _, _, lse_rest, *_ = vocab_reductions(
         input.reshape(-1, input.shape[-1]),
         linear_weight,
         linear_bias,

@@ -111,7 +111,7 @@ def test_the_logits_would_break_the_bound():
 def forward_bound(problem):
     """Each tile has a few numbers a row, combined with temporaries of the same size; rows that count are gathered."""
     tiles = -(-problem.vocab_size // tile_config(device_properties(problem.hidden.device)[0], backward=False).block_v)
-    kinds = 6 + problem.want_total + 2 * problem.want_max + 4 * problem.want_entropy
+    kinds = 7 + problem.want_total + 2 * problem.want_max + 4 * problem.want_entropy
     gathered = 2 * problem.num_rows * problem.width * problem.compute_dtype.itemsize
     cast = 0 if problem.weight.dtype == problem.compute_dtype else problem.workspace_bytes
     return kinds * tiles * problem.num_rows * FLOAT + gathered + cast + vectors(problem)
