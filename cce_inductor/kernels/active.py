@@ -33,8 +33,8 @@ def active_kernel(
     grad_lse,  # [N]
     grad_picked,  # [N]
     target,  # [N]
-    active,  # [2 * tiles + 1, N], bool: active pairs of rows that are not dense; tops; which rows are dense
-    counts,  # [2 * tiles + 1], int32, zeros before: how many there are in each
+    active,  # [1 + 2 * tiles, N], bool: which rows are dense; active pairs of rows that are not dense; tops
+    counts,  # [1 + tiles + tiles * parts], int32, zeros before: how many there are, of tops for each part of a tile
     row_tokens,  # [N, tiles], int32: the tops of each row, by their place in the vocabulary
     row_count,  # [N], int32: how many there are
     num_rows,
@@ -46,6 +46,7 @@ def active_kernel(
     HAS_TARGET: tl.constexpr,
     HAS_IGNORE_INDEX: tl.constexpr,
     TILE_WIDTH: tl.constexpr,  # columns of a tile
+    PART: tl.constexpr,  # columns of a part of a tile
     TILES: tl.constexpr,  # a power of two, at least num_tiles
     ROWS: tl.constexpr,
 ):
@@ -83,15 +84,19 @@ def active_kernel(
     dense = (tl.sum(selected.to(tl.int32), 0) > dense_share * num_tiles) & row_mask
     selected = selected & (dense == 0)[None, :]
     tops = stands_out & (selected == 0) & (has_gradient & (dense == 0))[None, :] & mask
-    tl.store(active + offsets, selected, mask=mask)
-    tl.store(active + num_tiles.to(tl.int64) * num_rows + offsets, tops, mask=mask)
-    tl.store(active + 2 * num_tiles.to(tl.int64) * num_rows + rows, dense, mask=row_mask)
+    tl.store(active + rows, dense, mask=row_mask)
+    tl.store(active + num_rows + offsets, selected, mask=mask)
+    tl.store(active + (1 + num_tiles.to(tl.int64)) * num_rows + offsets, tops, mask=mask)
     # sums of integers do not depend on their order
-    tl.atomic_add(counts + tiles, tl.sum(selected.to(tl.int32), 1), mask=tiles < num_tiles, sem="relaxed")
-    tl.atomic_add(counts + num_tiles + tiles, tl.sum(tops.to(tl.int32), 1), mask=tiles < num_tiles, sem="relaxed")
-    tl.atomic_add(counts + 2 * num_tiles, tl.sum(dense.to(tl.int32), 0), sem="relaxed")
+    tl.atomic_add(counts, tl.sum(dense.to(tl.int32), 0), sem="relaxed")
+    tl.atomic_add(counts + 1 + tiles, tl.sum(selected.to(tl.int32), 1), mask=tiles < num_tiles, sem="relaxed")
+    column = column_of(packed, TILE_WIDTH)
+    parts: tl.constexpr = TILE_WIDTH // PART
+    for part in range(parts):
+        here = tl.sum((tops & (column // PART == part)).to(tl.int32), 1)
+        tl.atomic_add(counts + 1 + num_tiles + tiles * parts + part, here, mask=tiles < num_tiles, sem="relaxed")
 
     listed = tops.to(tl.int32)
     places = rows[None, :].to(tl.int64) * num_tiles + tl.cumsum(listed, 0) - 1
-    tl.store(row_tokens + places, tiles[:, None] * TILE_WIDTH + column_of(packed, TILE_WIDTH), mask=tops)
+    tl.store(row_tokens + places, tiles[:, None] * TILE_WIDTH + column, mask=tops)
     tl.store(row_count + rows, tl.sum(listed, 0), mask=row_mask)

@@ -36,11 +36,14 @@ class ProductConfig:
     weight_depth: int  # columns of a block of the weight's gradient, which has the rows of a tile's columns
     hidden_depth: int  # columns of a block of the hidden states' gradient, which has the rows of a tile
     step: int  # of the inner product
+    part: int  # columns of a tile whose tokens that are computed alone are multiplied together
+    part_depth: int  # columns of a block of the weight's gradient there
+    part_step: int  # of the inner product there
 
 
-INTERPRETER_PRODUCT = ProductConfig(16, 16, 8)
-HOPPER_PRODUCT = ProductConfig(128, 256, 64)
-AMPERE_PRODUCT = ProductConfig(128, 128, 32)
+INTERPRETER_PRODUCT = ProductConfig(16, 16, 8, 16, 16, 8)
+HOPPER_PRODUCT = ProductConfig(128, 256, 64, 64, 256, 32)
+AMPERE_PRODUCT = ProductConfig(128, 128, 32, 64, 128, 32)
 
 
 def product_config(capability: tuple[int, int] | None) -> ProductConfig:

@@ -1,14 +1,14 @@
 """The backward over the rows listed for each vocabulary tile. `kernels/lists.py` says what lists, slots, rounds are.
 
-    dz[n, v]       = (p[n, v] * grad_lse[n] + [v == target[n]] * grad_picked[n]) * f'(z[n, v])
-    grad_weight[v] = sum over n of dz[n, v] * hidden[n]  +  share[v] * skipped_hidden[tile of v]
-    grad_hidden[n] = sum over v of dz[n, v] * weight[v] + sum over tiles: skipped_mass[tile, n] * skipped_weight[tile]
+    dz[n, v]        = (p[n, v] * grad_lse[n] + [v == target[n]] * grad_picked[n]) * f'(z[n, v])
+    grad_weight[v] += sum over n of dz[n, v] * hidden[n]
+    grad_hidden[n] += sum over v of dz[n, v] * weight[v] + sum over tiles: skipped_mass[tile, n] * skipped_weight[tile]
 
-Where a row is not listed, its probability mass in the tile is known and, if it stands out, the heaviest token. The
-place of the others within the tile is taken to be `share`, the same for all rows. One kernel computes dz of a round,
-block by block, into the workspace; then one kernel for each gradient multiplies. A block of grad_weight is owned by one
-program, which adds in a fixed order. To grad_hidden many tiles add at once: in fixed point, where the order does not
-matter.
+What other kernels put there before is what is not listed: the heaviest tokens (`kernels/top_gradient.py`), and the
+others by their probability mass in the tile, whose place within it is taken to be `share`, the same for all rows. One
+kernel computes dz of a round, block by block, into the workspace; then one kernel for each gradient multiplies. A block
+of grad_weight is owned by one program, which adds in a fixed order. To grad_hidden many tiles add at once: in fixed
+point, where the order does not matter.
 """
 
 import triton
@@ -17,21 +17,21 @@ import triton.language as tl
 from .fixed_point import fixed_point_unit, from_fixed_point, to_fixed_point
 from .pointwise import exp
 from .tile import gather_rows, load_block, position_in_tile, tile_position
-from .tops import column_of, number_of
 
 
 @triton.jit
-def round_blocks(counts, list_start, round_tiles, round_index, num_tiles, BLOCK_N: tl.constexpr):
+def round_blocks(list_start, round_tiles, round_index):
     """(first tile, tiles, slots of the dense rows, their blocks, first slot of the tiles' own lists, how many)."""
     first_tile = tl.load(round_tiles + round_index)
     last_tile = tl.load(round_tiles + round_index + 1)
-    dense_slots = tl.cdiv(tl.load(counts + 2 * num_tiles), BLOCK_N)
-    first_slot = tl.load(list_start + first_tile)
+    dense_slots = tl.load(list_start + 1)
+    first_slot = tl.load(list_start + 1 + first_tile)
+    own_slots = tl.load(list_start + 1 + last_tile) - first_slot
     tiles = last_tile - first_tile
-    return first_tile, tiles, dense_slots, tiles * dense_slots, first_slot, tl.load(list_start + last_tile) - first_slot
+    return first_tile, tiles, dense_slots, tiles * dense_slots, first_slot, own_slots
 
 
-@triton.jit(do_not_specialize=["round_index", "num_tiles", "num_columns", "ignore_index"])
+@triton.jit(do_not_specialize=["round_index", "num_columns", "ignore_index"])
 def block_gradient_kernel(
     hidden,  # pointer, [N, D]
     dense_hidden,  # TMA descriptor or pointer, [slots * BLOCK_N, D], contiguous: those of the dense rows, as listed
@@ -42,13 +42,11 @@ def block_gradient_kernel(
     grad_lse,  # [N]
     grad_picked,  # [N]
     dz,  # TMA descriptor or pointer, [blocks of a round * BLOCK_N, BLOCK_V]
-    counts,
     slot_rows,
     slot_tile,
     list_start,
     round_tiles,
     round_index,
-    num_tiles,
     num_columns,
     width,
     ignore_index,
@@ -69,7 +67,7 @@ def block_gradient_kernel(
     """dz of the blocks of a round."""
     steps = tl.cdiv(width, BLOCK_D)
     first_tile, tiles, dense_slots, dense_blocks, first_slot, own_slots = round_blocks(
-        counts, list_start, round_tiles, round_index, num_tiles, BLOCK_N
+        list_start, round_tiles, round_index
     )
     for work in tl.range(tl.program_id(0), dense_blocks + own_slots, NUM_PROGRAMS):
         if work < dense_blocks:
@@ -129,60 +127,16 @@ def block_gradient_kernel(
             tl.store(dz + offsets, gradient.to(dz.dtype.element_ty))
 
 
-@triton.jit
-def add_tops(
-    total,  # [BLOCK_V, BLOCK_D]
-    hidden,
-    tile_dz,  # [N], those of the tile
-    slot_rows,
-    list_start,  # of the tile's tops
-    depth,
-    num_rows,
-    width,
-    stride_hn,
-    stride_hd,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    STEP: tl.constexpr,
-):
-    """The total with dz of the tops of a tile times their rows: a product with one number in a row of its dz."""
-    slot = tl.load(list_start)
-    steps = (tl.load(list_start + 1) - slot) * (BLOCK_N // STEP)
-    listed = slot_rows + slot.to(tl.int64) * BLOCK_N + tl.arange(0, STEP)
-    # looked up ahead, as below: rows by two steps, what is found with them by one
-    rows = tl.load(listed)
-    next_rows = tl.load(listed + STEP)
-    packed = tl.load(tile_dz + rows, mask=(rows >= 0) & (rows < num_rows), other=0)
-    for step in range(steps):
-        h = gather_rows(hidden, tl.maximum(rows, 0), depth, width, stride_hn, stride_hd, BLOCK_D)
-        hit = tl.arange(0, BLOCK_V)[None, :] == column_of(packed, BLOCK_V)[:, None]
-        g = tl.where(hit, number_of(packed, BLOCK_V)[:, None], 0.0).to(h.dtype)
-        rows = next_rows
-        # what comes after the list was perhaps never written
-        packed = tl.load(tile_dz + rows, mask=(rows >= 0) & (rows < num_rows), other=0)
-        next_rows = tl.load(listed + (step + 2) * STEP)
-        total = tl.dot(g.T, h, total, input_precision="ieee")
-    return total
-
-
-@triton.jit(do_not_specialize=["round_index", "num_rows", "num_tiles", "num_columns"])
+@triton.jit(do_not_specialize=["round_index", "num_columns"])
 def weight_gradient_kernel(
     hidden,  # pointer, [N, D]
     dense_hidden,  # TMA descriptor or pointer, [slots * BLOCK_N, D], contiguous: those of the dense rows, as listed
     dz,  # TMA descriptor or pointer, [blocks of a round * BLOCK_N, BLOCK_V]
-    top_dz,  # [tiles, N], int32: dz of the tops, with their columns
-    share,  # [V]
-    skipped_hidden,  # [tiles, D], float32: sum over n of skipped_mass[tile, n] * hidden[n]
-    grad_peak,  # one number, by which skipped_mass is divided
-    grad_weight,  # [V, D], contiguous
-    counts,
+    grad_weight,  # [V, D], contiguous: added to
     slot_rows,  # with BLOCK_N more at the end
     list_start,
     round_tiles,
     round_index,
-    num_rows,
-    num_tiles,
     num_columns,
     width,
     stride_hn,
@@ -194,20 +148,17 @@ def weight_gradient_kernel(
     STEP: tl.constexpr,  # rows of one step of the inner product, a divisor of BLOCK_N
     NUM_PROGRAMS: tl.constexpr,
 ):
-    """A program completes a block [BLOCK_V, BLOCK_D] of grad_weight: the sum over the blocks of its tile."""
+    """A program completes a block [BLOCK_V, BLOCK_D] of grad_weight with the sum over the blocks of its tile."""
     STEPS: tl.constexpr = BLOCK_N // STEP
-    first_tile, tiles, dense_slots, dense_blocks, first_slot, _ = round_blocks(
-        counts, list_start, round_tiles, round_index, num_tiles, BLOCK_N
-    )
+    first_tile, tiles, dense_slots, dense_blocks, first_slot, _ = round_blocks(list_start, round_tiles, round_index)
     depth_blocks = tl.cdiv(width, BLOCK_D)
     dense_steps = dense_slots * STEPS
-    peak = tl.load(grad_peak)
     for work in tl.range(tl.program_id(0), tiles * depth_blocks, NUM_PROGRAMS):
         tile_in_round = work // depth_blocks
         tile = first_tile + tile_in_round
         depth = (work % depth_blocks) * BLOCK_D
-        slot = tl.load(list_start + tile)
-        steps = (tl.load(list_start + tile + 1) - slot) * STEPS
+        slot = tl.load(list_start + 1 + tile)
+        steps = (tl.load(list_start + 2 + tile) - slot) * STEPS
         total = tl.zeros((BLOCK_V, BLOCK_D), dtype=tl.float32)
         for step in range(dense_steps):
             row = step * STEP
@@ -232,25 +183,15 @@ def weight_gradient_kernel(
             else:
                 g = load_block(dz, block_row, 0, block_row + STEP, BLOCK_V, BLOCK_V, 1, STEP, BLOCK_V)
             total = tl.dot(g.T, h, total, input_precision="ieee")
-        total = add_tops(
-            total, hidden, top_dz + tile.to(tl.int64) * num_rows, slot_rows, list_start + num_tiles + tile, depth,
-            num_rows, width, stride_hn, stride_hd, BLOCK_N, BLOCK_V, BLOCK_D, STEP // 2,
-        )  # fmt: skip
         columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
         depths = depth + tl.arange(0, BLOCK_D)
-        column_mask, depth_mask = columns < num_columns, depths < width
-        spread = tl.load(share + columns, mask=column_mask, other=0.0) * peak
-        skipped = tl.load(skipped_hidden + tile.to(tl.int64) * width + depths, mask=depth_mask, other=0.0)
-        total += spread[:, None] * skipped[None, :]
         offsets = columns[:, None].to(tl.int64) * width + depths[None, :]
-        tl.store(
-            grad_weight + offsets,
-            total.to(grad_weight.dtype.element_ty),
-            mask=column_mask[:, None] & depth_mask[None, :],
-        )
+        mask = (columns < num_columns)[:, None] & (depths < width)[None, :]
+        total += tl.load(grad_weight + offsets, mask=mask, other=0.0).to(tl.float32)
+        tl.store(grad_weight + offsets, total.to(grad_weight.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["round_index", "num_tiles", "num_columns", "depths_at_once"])
+@triton.jit(do_not_specialize=["round_index", "num_columns", "depths_at_once"])
 def hidden_gradient_kernel(
     weight,  # TMA descriptor or pointer, [V, D]
     dz,  # TMA descriptor or pointer, [blocks of a round * BLOCK_N, BLOCK_V]
@@ -259,13 +200,11 @@ def hidden_gradient_kernel(
     grad_picked,  # [N]
     weight_peak,
     fixed,  # [N, ceil(D / 2)], int64, contiguous: added to, column 2i + 1 in the upper and 2i in the lower half
-    counts,
     slot_rows,
     slot_tile,
     list_start,
     round_tiles,
     round_index,
-    num_tiles,
     num_columns,
     width,
     depths_at_once,  # blocks of columns of the gradient; additions in memory are slow outside of the L2 cache
@@ -285,7 +224,7 @@ def hidden_gradient_kernel(
     """
     STEPS: tl.constexpr = BLOCK_V // STEP
     first_tile, tiles, dense_slots, dense_blocks, first_slot, own_slots = round_blocks(
-        counts, list_start, round_tiles, round_index, num_tiles, BLOCK_N
+        list_start, round_tiles, round_index
     )
     depth_blocks = tl.cdiv(width, BLOCK_D)
     dense_work = tl.where(tiles > 0, dense_slots * depth_blocks, 0)

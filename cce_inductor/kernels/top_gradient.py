@@ -1,10 +1,11 @@
-"""What a row gets from, and gives to, the tokens that are computed alone (`kernels/tops.py`).
+"""What is not computed with a whole tile: the tokens that are computed alone (`kernels/tops.py`), and what is skipped.
 
     dz[n, v]       = p[n, v] * grad_lse[n] * f'(z[n, v])                      v in the tokens listed for row n
     grad_hidden[n] = sum over the listed v of dz[n, v] * weight[v]
+    grad_weight[v] = sum over n that list v of dz[n, v] * hidden[n]  +  share[v] * skipped_hidden[tile of v]
 
-A program owns a row of the fixed-point gradient and begins its sums, to which the blocks of `kernels/sparse.py` add.
-dz goes to the weight's gradient, which that file computes.
+A program owns a row of the hidden states' gradient in fixed point, or a block of the weight's gradient, and begins its
+sums, to which the blocks of `kernels/sparse.py` add.
 """
 
 import triton
@@ -12,11 +13,12 @@ import triton.language as tl
 
 from .fixed_point import fixed_point_unit, to_fixed_point
 from .pointwise import exp
-from .tops import with_column
+from .tile import gather_rows
+from .tops import column_of, number_of, with_column
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_tiles"])
-def top_gradient_kernel(
+def top_hidden_kernel(
     hidden,  # [N, D]
     weight,  # [V, D]
     bias,  # [V]
@@ -70,3 +72,57 @@ def top_gradient_kernel(
         row_pairs = tl.cdiv(width, 2)
         pairs = tl.arange(0, BLOCK_D // 2)[None, :]
         tl.store(fixed + row.to(tl.int64) * row_pairs + pairs, both, mask=pairs < row_pairs)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_columns", "num_tiles"])
+def top_weight_kernel(
+    hidden,  # [N, D]
+    top_dz,  # [tiles, N], int32: dz of the tops, with their columns
+    share,  # [V]
+    skipped_hidden,  # [tiles, D], float32: sum over n of skipped_mass[tile, n] * hidden[n]
+    grad_peak,  # one number, by which skipped_mass is divided
+    grad_weight,  # [V, D], contiguous
+    slot_rows,  # with BLOCK_N more at the end
+    list_start,
+    num_rows,
+    num_columns,  # V
+    num_tiles,
+    width,
+    stride_hn,
+    stride_hd,
+    TILE_WIDTH: tl.constexpr,
+    PART: tl.constexpr,  # columns of a block
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STEP: tl.constexpr,  # rows of one step of the inner product, a divisor of BLOCK_N
+):
+    """A program begins a block [PART, BLOCK_D]: a product in which each row of dz has one number."""
+    parts: tl.constexpr = TILE_WIDTH // PART
+    depth_blocks = tl.cdiv(width, BLOCK_D)
+    index = tl.program_id(0) // depth_blocks
+    tile = index // parts
+    first = (index % parts) * PART
+    depth = (tl.program_id(0) % depth_blocks) * BLOCK_D
+    slot = tl.load(list_start + 1 + num_tiles + index)
+    steps = (tl.load(list_start + 2 + num_tiles + index) - slot) * (BLOCK_N // STEP)
+    listed = slot_rows + slot.to(tl.int64) * BLOCK_N + tl.arange(0, STEP)
+    tile_dz = top_dz + tile.to(tl.int64) * num_rows
+    total = tl.zeros((PART, BLOCK_D), dtype=tl.float32)
+    # the next rows are looked up a step ahead: loads that wait for an index can't be pipelined
+    rows = tl.load(listed)
+    for step in range(steps):
+        packed = tl.load(tile_dz + rows, mask=rows >= 0, other=0)
+        h = gather_rows(hidden, tl.maximum(rows, 0), depth, width, stride_hn, stride_hd, BLOCK_D)
+        rows = tl.load(listed + (step + 1) * STEP)
+        hit = first + tl.arange(0, PART)[None, :] == column_of(packed, TILE_WIDTH)[:, None]
+        g = tl.where(hit, number_of(packed, TILE_WIDTH)[:, None], 0.0).to(h.dtype)
+        total = tl.dot(g.T, h, total, input_precision="ieee")
+    columns = tile * TILE_WIDTH + first + tl.arange(0, PART)
+    depths = depth + tl.arange(0, BLOCK_D)
+    column_mask, depth_mask = columns < num_columns, depths < width
+    spread = tl.load(share + columns, mask=column_mask, other=0.0) * tl.load(grad_peak)
+    skipped = tl.load(skipped_hidden + tile.to(tl.int64) * width + depths, mask=depth_mask, other=0.0)
+    total += spread[:, None] * skipped[None, :]
+    offsets = columns[:, None].to(tl.int64) * width + depths[None, :]
+    mask = column_mask[:, None] & depth_mask[None, :]
+    tl.store(grad_weight + offsets, total.to(grad_weight.dtype.element_ty), mask=mask)

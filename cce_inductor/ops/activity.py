@@ -5,12 +5,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.config import tile_config
+from ..kernels.config import product_config, tile_config
 from ..options import Options
 from . import cuda
 from .launch import device_properties
 from .problem import Problem
-from .row_lists import Active, RowLists, most_blocks_of_a_tile
+from .row_lists import Active
 
 
 class Activity(NamedTuple):
@@ -34,11 +34,11 @@ def activity(hidden: Tensor, weight: Tensor, target: Tensor, approximate_mass: f
     results = cuda.forward(problem)
     grad = (target != -100).float()
     tiles, rows = results.tile_lse.shape
-    config = tile_config(device_properties(hidden.device)[0], backward=True)
-    active = Active.of(problem, results.lse, results.tiles, grad, -grad, config.block_v)
-    most = most_blocks_of_a_tile(rows, config.block_n)
-    starts = RowLists.of(active, config.block_n, tiles * most).list_start[: tiles + 1]
-    own, tops, dense = (part.sum().item() for part in active.counts.split([tiles, tiles, 1]))
-    blocks = (starts[-1] - starts[0] + starts[0] * tiles).item()
+    capability = device_properties(hidden.device)[0]
+    config, part = tile_config(capability, backward=True), product_config(capability).part
+    active = Active.of(problem, results.lse, results.tiles, grad, -grad, config.block_v, part)
+    dense, own, tops = (part.sum().item() for part in active.pairs.split([1, tiles, tiles]))
+    slots = -(-active.counts[: 1 + tiles] // config.block_n)
+    blocks = (slots[1:].sum() + slots[0] * tiles).item()
     of_all = 1 / (tiles * rows)
     return Activity((dense * tiles + own) * of_all, blocks * config.block_n * of_all, tops * of_all)

@@ -22,8 +22,8 @@ PLANNED_AT_ONCE = 8192  # (row, tile) pairs that a program of the first kernel k
 class Active:
     """What each row needs, as `kernels/active.py` finds it."""
 
-    pairs: Tensor  # [2 * tiles + 1, N], bool: active pairs of rows that are not dense; tops; which rows are dense
-    counts: Tensor  # [2 * tiles + 1], int32
+    pairs: Tensor  # [1 + 2 * tiles, N], bool: which rows are dense; active pairs of rows that are not dense; tops
+    counts: Tensor  # [lists], int32: how many there are, of tops for each part of a tile
     row_tokens: Tensor  # [N, tiles], int32: the tops of each row, by their place in the vocabulary
     row_count: Tensor  # [N], int32: how many there are
 
@@ -36,13 +36,14 @@ class Active:
         grad_lse: Tensor,
         grad_picked: Tensor,
         tile_width: int,
+        part: int,
         tops: bool = True,
     ) -> "Active":
-        """tops: whether tokens may be computed alone."""
+        """part: columns of a part of a tile. tops: whether tokens may be computed alone."""
         count, num_rows = tiles.lse.shape
         active = cls(
-            pairs=torch.empty(2 * count + 1, num_rows, dtype=torch.bool, device=lse.device),
-            counts=torch.zeros(2 * count + 1, dtype=torch.int32, device=lse.device),
+            pairs=torch.empty(1 + 2 * count, num_rows, dtype=torch.bool, device=lse.device),
+            counts=torch.zeros(1 + count + count * tile_width // part, dtype=torch.int32, device=lse.device),
             row_tokens=torch.empty(num_rows, count, dtype=torch.int32, device=lse.device),
             row_count=torch.empty(num_rows, dtype=torch.int32, device=lse.device),
         )
@@ -67,6 +68,7 @@ class Active:
             dense_share=DENSE_SHARE,
             HAS_TARGET=problem.target is not None,
             TILE_WIDTH=tile_width,
+            PART=part,
             TILES=all_tiles,
             ROWS=rows,
             num_warps=8,
@@ -76,7 +78,7 @@ class Active:
     def top_columns(self, tiles: Tiles, rows: Tensor, tile_width: int) -> Tensor:
         """[tiles, S], int32: the place in its tile of what is computed alone of some rows [S], or -1."""
         count = len(tiles.lse)
-        tops = self.pairs[count : 2 * count, rows]
+        tops = self.pairs[1 + count :, rows]
         return torch.where(tops, tiles.top[:, rows] & (tile_width - 1), -1)
 
 
@@ -84,25 +86,23 @@ class Active:
 class RowLists:
     """Lists and rounds as `kernels/lists.py` describes them."""
 
-    counts: Tensor  # [2 * tiles + 1], int32
-    list_start: Tensor  # [2 * tiles + 1], int32
+    list_start: Tensor  # [lists + 1], int32
     slot_rows: Tensor  # [slots * block_n], int32; one slot more than there can be, for what is read ahead
-    slot_tile: Tensor  # [slots], int32
+    slot_tile: Tensor  # [slots], int32, of dense rows and active pairs
     round_tiles: Tensor  # [rounds + 1], int32
     rounds: int
 
     @classmethod
-    def of(cls, active: Active, block_n: int, blocks: int) -> "RowLists":
+    def of(cls, active: Active, tiles: Tiles, block_n: int, blocks: int, tile_width: int, part: int) -> "RowLists":
         """blocks: how many fit in the workspace, at least `most_blocks_of_a_tile`."""
         counts = active.counts
-        num_rows, tiles = active.row_tokens.shape
+        num_rows, count = active.row_tokens.shape
         most = most_blocks_of_a_tile(num_rows, block_n)
         usable = blocks - most + 1  # of tiles that begin within it the last one adds `most` at most
-        rounds = -(-tiles * most // usable)
-        slots = (tiles + 1) * most + 1
+        rounds = -(-count * most // usable)
+        slots = (count + 1) * (most + tile_width // part) + 1
         lists = cls(
-            counts=counts,
-            list_start=torch.empty_like(counts),
+            list_start=counts.new_empty(len(counts) + 1),
             slot_rows=counts.new_empty(slots * block_n),
             slot_tile=counts.new_empty(slots),
             round_tiles=counts.new_empty(rounds + 1),
@@ -112,19 +112,23 @@ class RowLists:
             counts=counts,
             list_start=lists.list_start,
             round_tiles=lists.round_tiles,
-            num_tiles=tiles,
+            num_tiles=count,
+            num_lists=len(counts),
             usable=usable,
             rounds=rounds,
             BLOCK_N=block_n,
-            LISTS=triton.next_power_of_2(2 * tiles),
+            LISTS=triton.next_power_of_2(len(counts) + 1),
         )
-        lists_kernel[(2 * tiles + 1,)](
+        lists_kernel[(len(counts),)](
             active=active.pairs,
+            tile_top=tiles.top,
             list_start=lists.list_start,
             slot_rows=lists.slot_rows,
             slot_tile=lists.slot_tile,
             num_rows=num_rows,
-            num_tiles=tiles,
+            num_tiles=count,
+            TILE_WIDTH=tile_width,
+            PART=part,
             BLOCK_N=block_n,
             ROWS=1024,
             ROW_BLOCKS=triton.next_power_of_2(most),

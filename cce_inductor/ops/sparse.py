@@ -26,7 +26,7 @@ from ..kernels.sparse import (
     hidden_gradient_kernel,
     weight_gradient_kernel,
 )
-from ..kernels.top_gradient import top_gradient_kernel
+from ..kernels.top_gradient import top_hidden_kernel, top_weight_kernel
 from .launch import Rounds, can_use_tma, device_properties, ignore_arguments, interpretable, l2_cache_bytes
 from .problem import Problem, RowGradients, Tiles
 from .row_lists import Active, RowLists, Skipped, most_blocks_of_a_tile
@@ -57,9 +57,8 @@ def backward(
     grad_hidden, grad_weight = empty, empty
     kernels = [sparse.blocks()]
     if needs_grad[1]:
-        skipped_hidden = _float32_product(sparse.skipped.mass, problem.hidden)
-        grad_weight = torch.empty(problem.weight.shape, dtype=problem.weight.dtype, device=lse.device)
-        kernels.append(sparse.weight_gradient(skipped_hidden, grad_weight))
+        grad_weight = sparse.begin_weight()
+        kernels.append(sparse.weight_gradient(grad_weight))
     if needs_grad[0]:
         kernels.append(sparse.hidden_gradient())
     for round_index in range(sparse.lists.rounds):
@@ -110,8 +109,9 @@ class _SparseBackward:
         most = most_blocks_of_a_tile(problem.num_rows, block_n)
         dense_rows = -(-problem.num_rows // block_n) * block_n  # of slots, should all be dense
         blocks = self._blocks(dense_rows, most)
-        active = Active.of(problem, lse, tiles, grad_lse, grad_picked, block_v, tops=_compensates)
-        self.lists = RowLists.of(active, block_n, blocks)
+        part = self.products.part
+        active = Active.of(problem, lse, tiles, grad_lse, grad_picked, block_v, part, tops=_compensates)
+        self.lists = RowLists.of(active, tiles, block_n, blocks, block_v, part)
         self.skipped = Skipped.of(problem, lse, tiles, grad_lse, active, block_v)
         if not _compensates:
             self.skipped.mass.zero_()
@@ -165,7 +165,7 @@ class _SparseBackward:
         self.top_dz = torch.empty(self.tiles, rows, dtype=torch.int32, device=self.lse.device)
         pairs = -(-width // 2) if want_hidden else 0
         self.fixed = torch.empty(rows, pairs, dtype=torch.int64, device=self.lse.device)
-        top_gradient_kernel[(rows,)](
+        top_hidden_kernel[(rows,)](
             hidden=self.hidden,
             weight=self.weight,
             bias=problem.bias,
@@ -216,8 +216,38 @@ class _SparseBackward:
             **self._lists(),
         )
 
-    def weight_gradient(self, skipped_hidden: Tensor, grad_weight: Tensor) -> Rounds:
-        """The rows of the weight's gradient that belong to the tiles of a round."""
+    def begin_weight(self) -> Tensor:
+        """The weight's gradient by the tokens that are computed alone and those that are skipped."""
+        problem, products = self.problem, self.products
+        grad_weight = torch.empty(problem.weight.shape, dtype=problem.weight.dtype, device=self.lse.device)
+        depth_blocks = -(-problem.width // products.part_depth)
+        top_weight_kernel[(self.tiles * (self.config.block_v // products.part) * depth_blocks,)](
+            hidden=self.hidden,
+            top_dz=self.top_dz,
+            share=self.share,
+            skipped_hidden=_float32_product(self.skipped.mass, problem.hidden),
+            grad_peak=self.skipped.grad_peak,
+            grad_weight=grad_weight,
+            slot_rows=self.lists.slot_rows,
+            list_start=self.lists.list_start,
+            num_rows=problem.num_rows,
+            num_columns=problem.vocab_size,
+            num_tiles=self.tiles,
+            width=problem.width,
+            stride_hn=self.hidden.stride(0),
+            stride_hd=self.hidden.stride(1),
+            TILE_WIDTH=self.config.block_v,
+            PART=products.part,
+            BLOCK_N=self.config.block_n,
+            BLOCK_D=products.part_depth,
+            STEP=products.part_step,
+            num_warps=4,
+            num_stages=self.config.num_stages,
+        )
+        return grad_weight
+
+    def weight_gradient(self, grad_weight: Tensor) -> Rounds:
+        """Adds to the rows of the weight's gradient that belong to the tiles of a round."""
         step = self.products.step
         return Rounds(
             weight_gradient_kernel,
@@ -225,12 +255,7 @@ class _SparseBackward:
             hidden=self.hidden,
             dense_hidden=self._blocks_of(self.dense_hidden, step, self.products.weight_depth),
             dz=self._blocks_of(self.dz, step, self.config.block_v),
-            top_dz=self.top_dz,
-            share=self.share,
-            skipped_hidden=skipped_hidden,
-            grad_peak=self.skipped.grad_peak,
             grad_weight=grad_weight,
-            num_rows=self.problem.num_rows,
             stride_hn=self.hidden.stride(0),
             stride_hd=self.hidden.stride(1),
             USE_TMA=self.tma,
@@ -328,10 +353,8 @@ class _SparseBackward:
     def _lists(self) -> dict[str, Any]:
         """The arguments of a kernel that works on the blocks of a round."""
         return {
-            "counts": self.lists.counts,
             "slot_rows": self.lists.slot_rows,
             "list_start": self.lists.list_start,
             "round_tiles": self.lists.round_tiles,
-            "num_tiles": self.tiles,
             "NUM_PROGRAMS": self.processors,
         }

@@ -1,5 +1,6 @@
 """The sparse backward: exact where it may skip nothing, and what it skips is put back."""
 
+import itertools
 import os
 
 import pytest
@@ -13,7 +14,7 @@ from cce_inductor.ops import cuda, row_lists, sparse
 from cce_inductor.ops.problem import Tiles
 from cce_inductor.ops.row_lists import Active, RowLists, Skipped
 
-TILE_ROWS, TILE_WIDTH = 16, 32  # of the interpreter's tiles
+TILE_ROWS, TILE_WIDTH, PART = 16, 32, 16  # of the interpreter's tiles
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip(
@@ -57,13 +58,12 @@ def all_active(problem, lse, tiles, grads, tops=True):
     """What each row needs, with no row dense."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(row_lists, "DENSE_SHARE", 1.0)
-        return Active.of(problem, lse, tiles, grads[0], grads[1], TILE_WIDTH, tops)
+        return Active.of(problem, lse, tiles, grads[0], grads[1], TILE_WIDTH, PART, tops)
 
 
 def active_and_tops(active):
     """Two [tiles, N]."""
-    pairs = active.pairs[:-1]
-    return pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]
+    return active.pairs[1:].chunk(2)
 
 
 @given(
@@ -315,23 +315,26 @@ def test_lists_hold_each_needed_pair_once_and_rounds_fit_in_the_workspace(rows, 
     most = row_lists.most_blocks_of_a_tile(rows, TILE_ROWS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(row_lists, "DENSE_SHARE", dense_share)
-        active = Active.of(problem, lse, tiles, case.grads[0], case.grads[1], TILE_WIDTH)
-    lists = RowLists.of(active, TILE_ROWS, most + extra)
+        active = Active.of(problem, lse, tiles, case.grads[0], case.grads[1], TILE_WIDTH, PART)
+    lists = RowLists.of(active, tiles, TILE_ROWS, most + extra, TILE_WIDTH, PART)
     skipped = Skipped.of(problem, lse, tiles, case.grads[0], active, TILE_WIDTH)
-    *listed, dense = active.pairs
+    dense, *listed = active.pairs
     assert torch.equal(dense, needed.sum(0) > dense_share * len(needed))
     assert torch.equal(torch.stack(listed), torch.cat([needed & ~dense, tops & ~dense]))
-    assert torch.equal(active.counts, active.pairs.sum(1))
+    part_of = tiles.top % TILE_WIDTH // PART
+    parts = [top & (part == here) for top, part in zip(tops & ~dense, part_of, strict=True) for here in (0, 1)]
+    lists_of = [dense, *(needed & ~dense), *parts]
+    assert torch.equal(active.counts, torch.stack(lists_of).sum(1))
     for row, count in enumerate(active.row_count.tolist()):
         of_row = (tops & ~dense)[:, row].nonzero().squeeze(1)
         columns = tiles.top[of_row, row] & (TILE_WIDTH - 1)
         assert torch.equal(active.row_tokens[row, :count].long(), of_row * TILE_WIDTH + columns)
 
     starts = lists.list_start.tolist()
-    assert_list(lists, dense, 0, starts[0])
-    for index, rows_of_list in enumerate(listed):
-        assert_list(lists, rows_of_list, starts[index], starts[index + 1])
-        assert (lists.slot_tile[starts[index] : starts[index + 1]] == index % len(needed)).all()
+    for rows_of_list, start, end in zip(lists_of, starts[:-1], starts[1:], strict=True):
+        assert_list(lists, rows_of_list, start, end)
+    for tile, (start, end) in enumerate(itertools.pairwise(starts[1 : len(needed) + 2])):
+        assert (lists.slot_tile[start:end] == tile).all()
     mass = torch.exp(tiles.lse - lse) * case.grads[0] / case.grads[0].abs().max()
     mass = torch.where(tops, mass * (1 - shares_of(tiles)), mass)
     wanted = torch.where(needed | dense, 0.0, mass.nan_to_num())
@@ -339,7 +342,7 @@ def test_lists_hold_each_needed_pair_once_and_rounds_fit_in_the_workspace(rows, 
     assert torch.equal(skipped.anything, (~needed & ~dense & (case.grads[0] != 0)).any(1))
 
     assert lists.round_tiles[[0, -1]].tolist() == [0, len(needed)]
-    blocks = lists.list_start[: len(needed) + 1].diff() + starts[0]
+    blocks = lists.list_start[1 : len(needed) + 2].diff() + starts[1]
     for first, last in zip(lists.round_tiles, lists.round_tiles[1:], strict=False):
         assert blocks[first:last].sum() <= most + extra
 
