@@ -44,6 +44,7 @@ def top_hidden_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,  # at least D
     TOKENS: tl.constexpr,  # at a time
+    NUM_STAGES: tl.constexpr,  # the compiler would pipeline only what it multiplies
 ):
     row = tl.program_id(0)
     count = tl.load(row_count + row)
@@ -52,7 +53,7 @@ def top_hidden_kernel(
     h = tl.load(hidden + row.to(tl.int64) * stride_hn + depths * stride_hd, mask=depth_mask, other=0.0).to(tl.float32)
     row_lse, row_grad = tl.load(lse + row), tl.load(grad_lse + row)
     total = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    for first in range(0, count, TOKENS):
+    for first in tl.range(0, count, TOKENS, num_stages=NUM_STAGES):
         places = first + tl.arange(0, TOKENS)
         mask = places < count
         tokens = tl.load(row_tokens + row.to(tl.int64) * num_tiles + places, mask=mask, other=0)

@@ -34,7 +34,7 @@ from .row_lists import Active, RowLists, Skipped, most_blocks_of_a_tile
 LEAST_FLOPS = 10**12  # of the logits, one to two milliseconds: as long as the host takes to start the kernels
 SAMPLED_ROWS = 128  # from which the share of each token in its tile is estimated
 LIST_BYTES = 10  # of slots, skipped mass and what is computed alone, for a pair of a tile and a row
-TOKEN_NUMBERS = 16384  # of rows of the weight that a program keeps in registers
+TOKEN_NUMBERS = 8192  # of rows of the weight that a program keeps in registers
 _compensates = True
 
 
@@ -191,7 +191,8 @@ class _SparseBackward:
             BLOCK_V=self.config.block_v,
             BLOCK_D=block_d,
             TOKENS=max(1, TOKEN_NUMBERS // block_d),
-            num_warps=self.config.num_warps,
+            NUM_STAGES=self.config.num_stages,
+            num_warps=4,
         )
 
     def blocks(self) -> Rounds:
