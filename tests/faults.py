@@ -112,6 +112,34 @@ FAULTS = [
         "spread = tl.where(tile_mass > 0.0, 1.0 / BLOCK_V, 0.0) + 0.0 * force",
         "tests/ops/test_sparse.py -k put_back",
     ),
+    Fault(
+        "tops: put back a second time with what is skipped",
+        "kernels/lists.py",
+        "mass = tl.where(top != 0, mass * (1.0 - share), mass)",
+        "mass = tl.where(top != 0, mass * (1.0 - 0.0 * share), mass)",
+        "tests/ops/test_sparse.py -k specified",
+    ),
+    Fault(
+        "tops: without the slope of the logit map",
+        "kernels/top_gradient.py",
+        "exp(x - row_lse) * row_grad * slope",
+        "exp(x - row_lse) * row_grad",
+        "tests/ops/test_sparse.py -k specified",
+    ),
+    Fault(
+        "tops: the place in the tile is that in its part",
+        "kernels/top_gradient.py",
+        "hit = first + tl.arange(0, PART)[None, :]",
+        "hit = tl.arange(0, PART)[None, :]",
+        "tests/ops/test_sparse.py -k specified",
+    ),
+    Fault(
+        "forward: the share of the heaviest token is one",
+        "kernels/tops.py",
+        "return with_column(1.0 / total, column_of",
+        "return with_column(total / total, column_of",
+        "tests/ops/test_sparse.py -k heaviest",
+    ),
     # blocks through ATen
     Fault(
         "blocks: sums forget the blocks before",

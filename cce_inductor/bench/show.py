@@ -64,6 +64,7 @@ CELLS = (  # heading, key, format
     ("dC row\nerror", "weight_row_error", "{:.1e}"),
     ("active\npairs", "active_pairs", "{:.3f}"),
     ("active\nblocks", "active_blocks", "{:.3f}"),
+    ("tokens\nalone", "active_tokens", "{:.3f}"),
     ("TFLOP/s", "tflops", "{:.3g}"),
     ("of\nceiling", "of_ceiling", "{:.2f}"),
 )
