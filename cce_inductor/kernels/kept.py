@@ -3,9 +3,9 @@
     kept[n, v] = (z[n, v] - base[n]) / 256   in float16          base[n] = z[n, v] where x[n, v] is the tile's largest
 
 A log-sum-exp is not rounded together with the logits, so a rounded logit would be off by as much as a certain row is
-away from certain. Its difference to the tile's peak is exact at the peak, where probability lies; elsewhere it is off by
-2**-12 of itself, far less than a logit in bfloat16. Divided by 256, differences of up to 16 million are in the range of
-float16, and what its smallest numbers can't tell apart is below 2**-17.
+away from certain. Its difference to the tile's peak is exact at the peak, where the probability is; elsewhere it is off
+by 2**-12 of itself, far less than a logit in bfloat16. Divided by 256, differences of up to 16 million are in the range
+of float16, and what its smallest numbers can't tell apart is below 2**-17.
 """
 
 import triton

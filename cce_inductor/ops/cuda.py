@@ -1,5 +1,6 @@
 """The operators on a GPU: Triton kernels for the logits, cuBLAS for the plain matmuls of the backward."""
 
+import itertools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -92,8 +93,8 @@ def reduce(problem: Problem, kept: KeptTiles | None = None) -> Reductions:
     launch = Launch(problem, forward_config(problem), hidden=rows.hidden)
     tiles = -(-problem.vocab_size // launch.config.block_v)
     results = _TileResults.allocate(problem, tiles)
-    parts = (kept or KeptTiles()).parts
-    for columns, place in (part for columns in _forward_slices(problem) for part in parts(every_row, columns)):
+    slices, parts = _forward_slices(problem), (kept or KeptTiles()).parts
+    for columns, place in itertools.chain.from_iterable(parts(every_row, part) for part in slices):
         launch(
             forward_kernel,
             every_row,
@@ -372,9 +373,16 @@ class Launch:
         if dz is not None:
             arguments["dz"] = TensorDescriptor.from_tensor(dz, [n, v]) if tma else dz
             arguments["stride_dz"] = dz.stride(0)
+        operands: dict[str, Any] = {"hidden": hidden, "weight": weight}
+        if arguments.get("FROM_KEPT"):
+            operands = dict.fromkeys(operands)
+        elif tma:
+            operands = {
+                "hidden": TensorDescriptor.from_tensor(hidden, [n, d]),
+                "weight": TensorDescriptor.from_tensor(weight, [v, d]),
+            }
         kernel[(min(tiles, self.programs),)](
-            hidden=TensorDescriptor.from_tensor(hidden, [n, d]) if tma else hidden,
-            weight=TensorDescriptor.from_tensor(weight, [v, d]) if tma else weight,
+            **operands,
             bias=None if problem.bias is None else problem.bias[columns],
             total_weight=None if problem.total_weight is None else problem.total_weight[columns],
             num_rows=hidden.shape[0],

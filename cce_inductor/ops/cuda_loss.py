@@ -15,8 +15,8 @@ from .problem import Problem, RowGradients
 
 
 def supported(problem: Problem) -> bool:
-    """Whether this covers the problem. The operands of its products have 16 bits, as what it keeps."""
-    return cuda.supported(problem) and problem.compute_dtype.itemsize == 2
+    """Whether this covers the problem: one on a GPU whose products have operands of 16 bits, as what is kept has."""
+    return problem.hidden.is_cuda and cuda.supported(problem) and problem.compute_dtype.itemsize == 2
 
 
 def loss_and_gradients(

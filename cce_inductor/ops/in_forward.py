@@ -4,8 +4,8 @@
 
 The backward of `vocab_reductions` computes the logits a second time, because it has to wait for the gradient of the
 loss. Here the gradients are those for a gradient of one, computed while the logits are at hand; the real one multiplies
-them later. Where Triton kernels compute the logits, `cuda_loss.py` does; elsewhere the logits of all rows need not be at
-hand at once:
+them later. Where Triton kernels compute the logits, `cuda_loss.py` does that. Through ATen, the logits of all rows need
+not be at hand at once:
 
 - where the sum over rows of the weight's gradient can be kept in its place without loss (float32 and float64 weights),
   rows are taken in groups whose logits fit in the workspace;
@@ -42,7 +42,7 @@ def loss_and_gradients(
         }
 
     through_aten = ways("the loss with its gradients", _loss_and_gradients)
-    if not problem.hidden.is_cuda or not cuda_loss.supported(problem):
+    if not cuda_loss.supported(problem):
         return first_that_runs("scaled_loss", through_aten)
     in_triton = ways("the Triton loss with its gradients", cuda_loss.loss_and_gradients)
     return first_that_runs(cuda.kind(problem), in_triton | through_aten)

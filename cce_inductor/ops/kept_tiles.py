@@ -6,10 +6,10 @@ weight's gradient to its place. Until then both are free memory, which holds log
     of the first slice       in the workspace, each where its dz will be
     of the slices behind it  in the weight's gradient, tile by tile, [tiles, N, columns of a tile], up to its very end
 
-When a slice is read, the gradients of those before it are written. Where N >= D, a slice's logits take no less room than
-its gradient; as the last of them end where the gradient ends, each slice's begin behind the gradients before it. Where
-N < D, the logits of all that is left take less room than its gradient. So of V classes min(V, C + (V - C) D / N) are kept,
-and about twice as many in a gradient of float32.
+When a slice is read, the gradients of those before it are written. Where N >= D, its logits take no less room than its
+gradient: as the last that are kept end where all gradients end, each slice's begin behind the gradients before. Where
+N < D, all logits that are left take less room than their gradients. So of V classes min(V, C + (V - C) D / N) are kept,
+and where the weight is float32, whose gradient has twice the room, min(V, C + 2 (V - C) D / N).
 """
 
 from collections.abc import Iterator
@@ -71,7 +71,7 @@ class KeptTiles:
         first = workspace.shape[1] if len(workspace) == rows else 0
         in_workspace = min(first // tile_columns, tiles)
         room = grad_weight.flatten().view(KEPT_DTYPE)
-        room = room[first * (room.numel() // vocab_size) :]  # the first slice's gradient is written when others are read
+        room = room[first * (room.numel() // vocab_size) :]  # behind the first slice's gradient
         size = rows * tile_columns
         in_room = min(room.numel() // size, tiles - in_workspace)
         base = problem.hidden.new_empty((in_workspace + in_room, rows), dtype=torch.float32)

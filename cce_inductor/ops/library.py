@@ -69,7 +69,7 @@ def pays_in_forward(
     """Whether `scaled_loss` is the faster way, where both can be taken.
 
     Always where no Triton kernel computes the logits. Where one does, if the gradients are to be exact, as a sparse
-    backward is faster, and if there is one of the weight, whose memory keeps logits. float16 is left out: a gradient that
+    backward is faster, and if the weight has one, in whose memory logits are kept. float16 is left out: a gradient that
     is not yet multiplied by a gradient scaler's factor would underflow.
     """
     if compute_dtype == torch.bfloat16:

@@ -124,7 +124,7 @@ def gradients_bound(problem):
 
 def exact_bound(problem):
     """A block of dz; of its columns the weight in two dtypes and its gradient; partial sums of the bias's gradient."""
-    rows, columns = cuda._block_shape(problem)
+    rows, columns = cuda.block_shape(problem)
     block = max(problem.workspace_bytes, rows * cuda.COLUMN_MULTIPLE * problem.compute_dtype.itemsize)
     partial = -(-rows // 64) * columns * FLOAT
     return gradients_bound(problem) + block + 3 * columns * problem.width * FLOAT + 2 * partial + vectors(problem)
