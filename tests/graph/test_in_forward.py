@@ -1,9 +1,11 @@
 """Losses whose gradients are computed in the forward: which they are, and that nothing is computed twice."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import B, D, S, V, bias, check, hidden, labels, nodes_of, run_compiled, weight
+from helpers import EVERYTHING, B, D, S, V, bias, check, hidden, labels, nodes_of, run_compiled, weight
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
@@ -82,7 +84,9 @@ def like_a_gpu(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mass", [0, 0.0, 2**-5])
 def test_on_a_gpu_16_bits_wait_unless_gradients_are_to_be_exact(dtype, mass, like_a_gpu):
-    ours = check(loss, hidden(dtype=dtype), weight(dtype=dtype), labels(), options={"approximate_mass": mass})
+    ours = check(
+        loss, hidden(dtype=dtype), weight(dtype=dtype), labels(), options=replace(EVERYTHING, approximate_mass=mass)
+    )
     exact_bfloat16 = dtype == torch.bfloat16 and mass == 0
     assert operators(ours) == [scaled_loss if dtype.itemsize > 2 or exact_bfloat16 else vocab_reductions]
 
@@ -90,7 +94,7 @@ def test_on_a_gpu_16_bits_wait_unless_gradients_are_to_be_exact(dtype, mass, lik
 @pytest.mark.parametrize(("w", "operator"), [(True, scaled_loss), (False, vocab_reductions)])
 def test_on_a_gpu_the_weight_must_have_a_gradient(w, operator, like_a_gpu):
     args = hidden(dtype=torch.bfloat16), weight(dtype=torch.bfloat16, requires_grad=w), labels()
-    assert operators(check(loss, *args, options={"approximate_mass": 0.0})) == [operator]
+    assert operators(check(loss, *args, options=replace(EVERYTHING, approximate_mass=0.0))) == [operator]
 
 
 def test_on_a_gpu_under_autocast_float32_weights_have_more_room(like_a_gpu):
@@ -98,7 +102,7 @@ def test_on_a_gpu_under_autocast_float32_weights_have_more_room(like_a_gpu):
         with torch.autocast("cpu", torch.bfloat16):
             return loss(h, w, t)
 
-    ours = check(program, hidden(), weight(), labels(), options={"approximate_mass": 0.0})
+    ours = check(program, hidden(), weight(), labels(), options=replace(EVERYTHING, approximate_mass=0.0))
     assert operators(ours) == [scaled_loss]
 
 
