@@ -241,7 +241,7 @@ def _product(few, many):
     return sum(a @ b.float() for a, b in zip(few.split(2**17, dim=1), many.split(2**17), strict=True))
 
 
-# ------------------------------------------------------------- exact gradients in the forward, from logits that are kept
+# ------------------------------------------------------------ exact gradients in the forward, from logits that are kept
 
 
 def mean_loss(hidden, weight, bias, target, logit_map="z", compute_dtype=BF16, workspace_mib=256):
@@ -278,7 +278,7 @@ SHAPES = {  # (rows, vocab, width, workspace in MiB): several slices, some of th
     "pointers": (1000, 20001, 129, 8),
     "one slice": (1000, 5003, 128, 256),
 }
-LEADS = {"uniform": 0.0, "soft": 8.0, "certain": 20.0}  # how much larger than others the logit of a target is
+LEADS = {"uniform": 0.0, "soft": 8.0, "certain": 17.0}  # how much larger than others the logit of a target is
 
 
 def leaves_of(rows, vocab, width, lead, masked=0.3, bias=False, dtype=BF16):
