@@ -175,6 +175,11 @@ class LogitMap:
         return self.expr == Z
 
     @property
+    def is_smooth(self) -> bool:
+        """Whether the derivative is continuous."""
+        return not self.expr.has(where)
+
+    @property
     def derivative(self) -> sympy.Expr:
         """df/dz."""
         return sympy.diff(self.expr, Z)

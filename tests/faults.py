@@ -7,6 +7,7 @@ ATEN = "tests/ops/test_implementations.py -k aten"
 SPARSE = "tests/ops/test_sparse.py"
 LOSSES = "tests/ops/test_losses.py"
 SCALED = "tests/ops/test_scaled_loss.py"
+KEPT = "tests/ops/test_kept_tiles.py"
 MAPS = "tests/test_logit_map.py"
 GRAPH = "tests/graph/test_"
 
@@ -326,6 +327,76 @@ FAULTS = [
         "start = rows.start % self._rows",
         "start = 0",
         SCALED,
+    ),
+    Fault(
+        "kept tiles: rounded as they are",
+        "kernels/kept.py",
+        "origin = peak\n",
+        "origin = 0.0 * peak\n",
+        KEPT + " -k certain",
+    ),
+    Fault(
+        "kept tiles: the origin is the largest logit before the map",
+        "kernels/kept.py",
+        'origin = tl.max(tl.where(x == peak[:, None], z, -float("inf")), 1)',
+        "origin = tl.max(z, 1)",
+        KEPT + " -k certain",
+    ),
+    Fault(
+        "kept tiles: rows that are left out are read",
+        "kernels/backward.py",
+        'row_mask & (row_lse != float("inf"))',
+        "row_mask",
+        KEPT + " -k written",
+    ),
+    Fault(
+        "kept tiles: rows in the order in which they count",
+        "kernels/forward.py",
+        "kept, kept_base, z, x, peak, column_block, places,",
+        "kept, kept_base, z, x, peak, column_block, rows,",
+        KEPT,
+    ),
+    Fault(
+        "kept tiles: differences beyond the range of float16",
+        "kernels/kept.py",
+        "UNIT = tl.constexpr(256.0)",
+        "UNIT = tl.constexpr(1.0)",
+        KEPT + " -k any_size",
+    ),
+    Fault(
+        "kept tiles: at the start of the gradient's memory",
+        "ops/kept_tiles.py",
+        "room[room.numel() - in_room * size :]",
+        "room",
+        KEPT + " -k will_be_read",
+    ),
+    Fault(
+        "kept tiles: over the gradient of the first slice",
+        "ops/kept_tiles.py",
+        "room = room[first * (room.numel() // vocab_size) :]",
+        "room = room[:]",
+        KEPT + " -k will_be_read",
+    ),
+    Fault(
+        "kept tiles: in a workspace that several blocks of rows share",
+        "ops/kept_tiles.py",
+        "first = workspace.shape[1] if len(workspace) == rows else 0",
+        "first = workspace.shape[1]",
+        KEPT + " -k will_be_read",
+    ),
+    Fault(
+        "kept tiles: of a map with a kink",
+        "ops/cuda_loss.py",
+        "if problem.logit_map.is_smooth:",
+        "if True:",
+        KEPT + " -k kink",
+    ),
+    Fault(
+        "in the forward: on a GPU also where gradients may be sparse",
+        "ops/library.py",
+        "approximate_mass == 0 and needs_grad_weight",
+        "needs_grad_weight",
+        GRAPH + "in_forward.py -k gpu",
     ),
     Fault(
         "in the forward: twice, of two heads",

@@ -22,13 +22,17 @@ Factors = tuple[Node, Node, Node | None]
 _SAME_GRADIENT = {"add", "iadd", "to", "float", "view", "reshape", "squeeze"}
 
 
-def applies(sweep: Sweep, factors: Factors) -> bool:
+def applies(sweep: Sweep, factors: Factors, options: Options) -> bool:
     """Whether the gradients of a sweep should be computed in the forward."""
     reduction = sweep.reductions[0]
     if not sweep.grad_enabled or len(sweep.reductions) > 1 or reduction.weighted_sum is None:
         return False
     needing = [tensor for factor in factors if factor is not None and (tensor := tensor_of(factor)).requires_grad]
-    if not needing or not pays_in_forward(needing[0].device, reduction.logits.compute_dtype):
+    if not needing:
+        return False
+    weight_needs = tensor_of(factors[1]).requires_grad
+    device, dtype = needing[0].device, reduction.logits.compute_dtype
+    if not pays_in_forward(device, dtype, options.approximate_mass, weight_needs):
         return False
     # a gradient that is rounded to 16 bits and then multiplied is rounded twice
     return all(tensor.itemsize > 2 for tensor in needing) or _is_only_added(reduction.node)

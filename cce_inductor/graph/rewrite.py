@@ -130,7 +130,7 @@ def _emit(sweep: Sweep, site: Site, emitter: Emitter, options: Options, once: bo
             logits.weight.emit(emitter.call),
             emitter.sum([bias.emit(emitter.call) for bias in logits.biases]),
         )
-        if flat_target is not None and once and in_forward.applies(sweep, factors):
+        if flat_target is not None and once and in_forward.applies(sweep, factors, options):
             loss = in_forward.emit(sweep.reductions[0], factors, flat_target, emitter, options)
             return [(anchor, _in_dtype_of(anchor, loss))]
         outputs = emitter.call(

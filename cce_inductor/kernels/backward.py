@@ -1,4 +1,4 @@
-"""Backward kernel: recomputes the logits of a block and stores their gradient.
+"""Backward kernel: recomputes the logits of a block, or reads those that were kept, and stores their gradient.
 
     x  = f(z),  z = hidden @ weight.T + bias
     dx = p * grad_lse + [v == target] * grad_picked + total_weight[v] * grad_total
@@ -12,6 +12,7 @@ One program owns each tile of dz. The products of dz with hidden and weight are 
 import triton
 import triton.language as tl
 
+from .kept import load_logits
 from .pointwise import LEAST_LOG, exp_of_difference
 from .tile import position_in_tile, preactivations, tile_position
 
@@ -33,6 +34,8 @@ def gradient_kernel(
     entropy,  # [N]
     dz,  # TMA descriptor or pointer, [N, columns of the slice]
     tile_bias,  # [row blocks, columns of the slice]
+    kept,  # the logits, where FROM_KEPT: `kept.py`; may be the memory of dz
+    kept_base,  # [tiles of the slice, N]
     num_rows,
     num_columns,  # of the slice that `weight` holds
     width,
@@ -43,6 +46,9 @@ def gradient_kernel(
     stride_wv,
     stride_wd,
     stride_dz,
+    stride_kept_tile,
+    stride_kept_row,
+    stride_kept_base,
     VALUE_AND_SLOPE: tl.constexpr,  # the generated function (f, f')
     HAS_BIAS: tl.constexpr,
     HAS_TARGET: tl.constexpr,
@@ -52,6 +58,7 @@ def gradient_kernel(
     HAS_MAXIMUM: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
     WANT_BIAS: tl.constexpr,
+    FROM_KEPT: tl.constexpr,
     USE_TMA: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -76,10 +83,16 @@ def gradient_kernel(
             target_grad = tl.load(grad_picked + rows, mask=row_mask & inside, other=0.0)
             holds_targets = tl.max(inside.to(tl.int32), 0) > 0  # few tiles do
 
-        z = preactivations(
-            hidden, weight, bias, row, column, num_rows, num_columns, width,
-            stride_hn, stride_hd, stride_wv, stride_wd, HAS_BIAS, USE_TMA, BLOCK_N, BLOCK_V, BLOCK_D,
-        )  # fmt: skip
+        if FROM_KEPT:
+            z = load_logits(
+                kept, kept_base, column_block, rows, row_mask & (row_lse != float("inf")),
+                stride_kept_tile, stride_kept_row, stride_kept_base, BLOCK_V,
+            )  # fmt: skip
+        else:
+            z = preactivations(
+                hidden, weight, bias, row, column, num_rows, num_columns, width,
+                stride_hn, stride_hd, stride_wv, stride_wd, HAS_BIAS, USE_TMA, BLOCK_N, BLOCK_V, BLOCK_D,
+            )  # fmt: skip
         x, slope = VALUE_AND_SLOPE(z)
         if HAS_ENTROPY:
             row_entropy = tl.load(entropy + rows, mask=row_mask, other=0.0)

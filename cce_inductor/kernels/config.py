@@ -12,6 +12,7 @@ class TileConfig:
     block_d: int  # depth of one step of the inner product
     num_warps: int
     num_stages: int
+    programs: int = 1  # at a time on a multiprocessor
 
 
 INTERPRETER = TileConfig(16, 32, 16, 4, 1)
@@ -27,6 +28,15 @@ def tile_config(capability: tuple[int, int] | None, backward: bool) -> TileConfi
     if capability < (9, 0):
         return AMPERE
     return HOPPER_BACKWARD if backward else HOPPER
+
+
+def kept_config(capability: tuple[int, int] | None) -> TileConfig:
+    """The same for gradients of logits that are in memory: no product, so fewer rows for more programs at a time.
+
+    Their tiles have the columns of the forward's.
+    """
+    forward = tile_config(capability, backward=False)
+    return TileConfig(min(32, forward.block_n), forward.block_v, 16, num_warps=8, num_stages=1, programs=3)
 
 
 @dataclass(frozen=True)

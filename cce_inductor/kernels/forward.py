@@ -16,6 +16,7 @@ logit counts there.
 import triton
 import triton.language as tl
 
+from .kept import store_logits
 from .pointwise import LEAST_LOG, exp_of_difference
 from .tile import preactivations, tile_position
 from .tops import heaviest
@@ -35,6 +36,8 @@ def forward_kernel(
     tile_argmax,  # [tiles, N], int32
     tile_entropy,  # [tiles, N]
     tile_top,  # [tiles, N], int32
+    kept,  # where logits stay for the gradient, where KEEP: `kept.py`
+    kept_base,  # [tiles of the slice, N], what they are differences to
     num_rows,
     num_columns,  # of the slice that `weight` holds
     width,
@@ -43,6 +46,9 @@ def forward_kernel(
     stride_hd,
     stride_wv,
     stride_wd,
+    stride_kept_tile,
+    stride_kept_row,
+    stride_kept_base,
     VALUE: tl.constexpr,  # the generated function f
     HAS_BIAS: tl.constexpr,
     WANT_TOTAL: tl.constexpr,
@@ -51,6 +57,8 @@ def forward_kernel(
     WANT_ENTROPY: tl.constexpr,
     WANT_TOP: tl.constexpr,
     SOME_ROWS: tl.constexpr,
+    KEEP: tl.constexpr,
+    PLAIN: tl.constexpr,  # whether f(z) is z; read where KEEP
     USE_TMA: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -70,11 +78,10 @@ def forward_kernel(
         columns = column + tl.arange(0, BLOCK_V)
         row_mask = rows < rows_here
         column_mask = columns < num_columns
-        results = (first_tile + column_block).to(tl.int64) * num_rows
+        places = rows
         if SOME_ROWS:
-            results += tl.load(row_of + rows, mask=row_mask, other=0)
-        else:
-            results += rows
+            places = tl.load(row_of + rows, mask=row_mask, other=0)
+        results = (first_tile + column_block).to(tl.int64) * num_rows + places
         z = preactivations(
             hidden, weight, bias, row, column, num_rows, num_columns, width,
             stride_hn, stride_hd, stride_wv, stride_wd, HAS_BIAS, USE_TMA, BLOCK_N, BLOCK_V, BLOCK_D,
@@ -103,3 +110,8 @@ def forward_kernel(
         if WANT_TOP:
             tl.store(tile_top + results, heaviest(exp, total, BLOCK_V), mask=row_mask)
         tl.store(tile_lse + results, shift + tl.log(total), mask=row_mask)
+        if KEEP:
+            store_logits(
+                kept, kept_base, z, x, peak, column_block, places, row_mask,
+                stride_kept_tile, stride_kept_row, stride_kept_base, PLAIN, BLOCK_V,
+            )  # fmt: skip

@@ -58,22 +58,21 @@ def exact_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(grad_hidden, grad_weight, grad_bias), each in its input's dtype; empty where not needed."""
     gradients = Gradients.allocate(problem, needs_grad)
-    add_rows(problem, gradients, slice(0, problem.num_rows), block_rows, block_columns, fill)
+    add_rows(problem, gradients, slice(0, problem.num_rows), problem.hidden.new_empty(block_rows, block_columns), fill)
     return gradients.results(problem)
 
 
-def add_rows(
-    problem: Problem, gradients: Gradients, group: slice, block_rows: int, block_columns: int, fill: Fill
-) -> None:
+def add_rows(problem: Problem, gradients: Gradients, group: slice, workspace: Tensor, fill: Fill) -> None:
     """Adds what a group of rows gives; the first group begins the sums.
 
-    All rows in one group, or groups of one block of rows each and a weight in the dtype of sums.
+    All rows in one group, or groups of one block of rows each and a weight in the dtype of sums. The workspace has room
+    for a block of dz [rows, columns].
     """
     hidden, sums = problem.hidden, problem.accumulate_dtype
     needs_hidden, needs_weight, needs_bias = (
         g.numel() > 0 for g in (gradients.hidden, gradients.weight, gradients.bias)
     )
-    workspace = hidden.new_empty(block_rows, block_columns)
+    block_rows, block_columns = workspace.shape
     row_blocks = list(spans(group.stop, block_rows, group.start))
     # one product completes a slice of the weight's gradient: it goes to its place without a sum in between
     direct = len(row_blocks) == 1 and gradients.weight.dtype in (hidden.dtype, sums)

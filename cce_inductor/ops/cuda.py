@@ -1,5 +1,6 @@
 """The operators on a GPU: Triton kernels for the logits, cuBLAS for the plain matmuls of the backward."""
 
+import itertools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -12,13 +13,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .. import compat
 from ..kernels import template
 from ..kernels.backward import gradient_kernel
-from ..kernels.config import tile_config
+from ..kernels.config import TileConfig, kept_config, tile_config
 from ..kernels.forward import forward_kernel
 from ..kernels.picked import picked_kernel
 from ..kernels.targets import targets_kernel
 from . import cpu, sparse
-from .blocks import ALIGNMENT, exact_backward
+from .blocks import ALIGNMENT, Fill, exact_backward
 from .fallback import first_that_runs, smaller
+from .kept_tiles import KeptTiles, Place, kept_arguments
 from .launch import can_use_tma, describable, device_properties, ignore_arguments, interpretable
 from .problem import LEAST_LOG, Problem, Reductions, RowGradients, Tiles, spans
 
@@ -53,9 +55,9 @@ def forward(problem: Problem) -> Reductions:
 
     lse_rest is zero here: the rounding of 16-bit operands outweighs it by far.
     """
-    ways = {"the Triton forward": lambda: _triton_forward(problem)} if supported(problem) else {}
+    ways = {"the Triton forward": lambda: reduce(problem)} if supported(problem) else {}
     return first_that_runs(
-        _kind(problem),
+        kind(problem),
         {
             **ways,
             "the forward through ATen": lambda: _aten_forward(problem),
@@ -64,7 +66,8 @@ def forward(problem: Problem) -> Reductions:
     )
 
 
-def _kind(problem: Problem) -> Hashable:
+def kind(problem: Problem) -> Hashable:
+    """What decides which kernels are compiled."""
     return problem.logit_map, problem.compute_dtype, problem.hidden.device
 
 
@@ -85,18 +88,22 @@ def _aten_forward(problem: Problem) -> Reductions:
     return cpu.forward(problem)._replace(tile_lse=tiles.lse.fill_(float("inf")), tile_top=tiles.top.zero_())
 
 
-def _triton_forward(problem: Problem) -> Reductions:
-    kept = _kept_tiles(problem)
-    rows = _Rows.of(problem)
-    launch = Launch(problem, backward=False, hidden=rows.hidden)
+def reduce(problem: Problem, kept: KeptTiles | None = None) -> Reductions:
+    """The forward in Triton. The logits that `kept` has room for go there, but for those of rows that are left out."""
+    rows, every_row = _Rows.of(problem), slice(0, problem.num_rows)
+    launch = Launch(problem, forward_config(problem), hidden=rows.hidden)
     tiles = -(-problem.vocab_size // launch.config.block_v)
-    results = _TileResults.allocate(problem, tiles, kept > 0)
-    for columns in _forward_slices(problem):
+    results = _TileResults.allocate(problem, tiles, _kept_tiles(problem) > 0)
+    slices, parts = _forward_slices(problem), (kept or KeptTiles()).parts
+    for columns, place in itertools.chain.from_iterable(parts(every_row, part) for part in slices):
         launch(
             forward_kernel,
-            slice(0, problem.num_rows),
+            every_row,
             columns,
             problem.weight_rows(columns),
+            place=place,
+            KEEP=place is not None,
+            PLAIN=problem.logit_map.is_identity,
             row_of=rows.row_of,
             row_count=rows.count,
             SOME_ROWS=rows.row_of is not None,
@@ -253,16 +260,32 @@ def backward(
     else:
         ways["the backward through ATen"] = lambda: cpu.backward(problem, *saved)
     ways["the backward through ATen in less memory"] = lambda: cpu.backward(smaller(problem), *saved)
-    return first_that_runs(_kind(problem), ways)
+    return first_that_runs(kind(problem), ways)
 
 
 def _exact_backward(
     problem: Problem, lse: Tensor, grads: RowGradients, needs_grad: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    launch = Launch(problem, backward=True, hidden=problem.hidden)
-    value_and_slope = template.load(problem.logit_map).value_and_slope
+    return exact_backward(problem, needs_grad, *block_shape(problem), gradient_of(problem, lse, grads))
+
+
+def gradient_of(problem: Problem, lse: Tensor, grads: RowGradients, kept: KeptTiles | None = None) -> Fill:
+    """Computes blocks of dz for the gradients of the results: from kept logits, or anew."""
+    capability, _ = device_properties(problem.hidden.device)
+    anew = Launch(problem, tile_config(capability, backward=True), problem.hidden)
+    from_kept = Launch(problem, kept_config(capability), problem.hidden)
+    parts = (kept or KeptTiles()).parts
 
     def fill(rows: slice, columns: slice, weight: Tensor, dz: Tensor, grad_bias: Tensor | None) -> None:
+        for part, place in parts(rows, columns):
+            here = slice(part.start - columns.start, part.stop - columns.start)
+            bias_here = None if grad_bias is None else grad_bias[here]
+            fill_part(rows, part, weight[here], dz[:, here], bias_here, place)
+
+    def fill_part(
+        rows: slice, columns: slice, weight: Tensor, dz: Tensor, grad_bias: Tensor | None, place: Place | None
+    ) -> None:
+        launch = anew if place is None else from_kept
         here = grads.map(lambda vector: vector[rows])
         tile_bias = None
         if grad_bias is not None:
@@ -272,6 +295,7 @@ def _exact_backward(
             rows,
             columns,
             weight,
+            place=place,
             lse=lse[rows],
             grad_lse=here.lse,
             grad_picked=here.picked,
@@ -285,16 +309,22 @@ def _exact_backward(
             **ignore_arguments(problem),
             dz=dz,
             tile_bias=tile_bias,
-            VALUE_AND_SLOPE=value_and_slope,
+            VALUE_AND_SLOPE=template.load(problem.logit_map).value_and_slope,
             HAS_TARGET=problem.target is not None,
             WANT_BIAS=grad_bias is not None,
             HAS_MAXIMUM=here.maximum is not None,
             HAS_ENTROPY=here.entropy is not None,
+            FROM_KEPT=place is not None,
         )
         if grad_bias is not None and tile_bias is not None:
             grad_bias += tile_bias.sum(0)
 
-    return exact_backward(problem, needs_grad, *_block_shape(problem), fill)
+    return fill
+
+
+def forward_config(problem: Problem) -> TileConfig:
+    """The tiles of the forward."""
+    return tile_config(device_properties(problem.hidden.device)[0], backward=False)
 
 
 def _forward_slices(problem: Problem) -> list[slice]:
@@ -305,7 +335,7 @@ def _forward_slices(problem: Problem) -> list[slice]:
     return list(spans(problem.vocab_size, max(1, columns // COLUMN_MULTIPLE) * COLUMN_MULTIPLE))
 
 
-def _block_shape(problem: Problem) -> tuple[int, int]:
+def block_shape(problem: Problem) -> tuple[int, int]:
     """(rows, columns) of a block of dz that fits in the workspace: all rows, unless slices would get too narrow."""
     elements = problem.workspace_bytes // problem.compute_dtype.itemsize
     rows = max(1, min(problem.num_rows, elements // min(problem.vocab_size, NARROWEST_SLICE)))
@@ -316,10 +346,9 @@ def _block_shape(problem: Problem) -> tuple[int, int]:
 class Launch:
     """What the kernels of one call have in common: operands ready to be loaded, tile shapes, grid."""
 
-    def __init__(self, problem: Problem, backward: bool, hidden: Tensor) -> None:
-        self.problem = problem
-        capability, self.processors = device_properties(hidden.device)
-        self.config = tile_config(capability, backward)
+    def __init__(self, problem: Problem, config: TileConfig, hidden: Tensor) -> None:
+        self.problem, self.config = problem, config
+        self.programs = device_properties(hidden.device)[1] * config.programs
         self.hidden = hidden if describable(hidden) else hidden.contiguous()
 
     def row_blocks(self, rows: slice) -> int:
@@ -333,9 +362,13 @@ class Launch:
         columns: slice,
         weight: Tensor,
         dz: Tensor | None = None,
+        place: Place | None = None,
         **arguments: Any,
     ) -> None:
-        """Runs a kernel over the tiles of a block of the logits; `weight` holds its columns, dz takes its result."""
+        """Runs a kernel over the tiles of a block of the logits; `weight` holds its columns, dz takes its result.
+
+        place: where these logits are kept, to write or to read.
+        """
         problem, config = self.problem, self.config
         hidden, weight = interpretable(self.hidden[rows]), interpretable(weight)
         tiles = self.row_blocks(rows) * -(-weight.shape[0] // config.block_v)
@@ -344,9 +377,16 @@ class Launch:
         if dz is not None:
             arguments["dz"] = TensorDescriptor.from_tensor(dz, [n, v]) if tma else dz
             arguments["stride_dz"] = dz.stride(0)
-        kernel[(min(tiles, self.processors),)](
-            hidden=TensorDescriptor.from_tensor(hidden, [n, d]) if tma else hidden,
-            weight=TensorDescriptor.from_tensor(weight, [v, d]) if tma else weight,
+        operands: dict[str, Any] = {"hidden": hidden, "weight": weight}
+        if arguments.get("FROM_KEPT"):
+            operands = dict.fromkeys(operands)
+        elif tma:
+            operands = {
+                "hidden": TensorDescriptor.from_tensor(hidden, [n, d]),
+                "weight": TensorDescriptor.from_tensor(weight, [v, d]),
+            }
+        kernel[(min(tiles, self.programs),)](
+            **operands,
             bias=None if problem.bias is None else problem.bias[columns],
             total_weight=None if problem.total_weight is None else problem.total_weight[columns],
             num_rows=hidden.shape[0],
@@ -363,8 +403,9 @@ class Launch:
             BLOCK_N=n,
             BLOCK_V=v,
             BLOCK_D=d,
-            NUM_PROGRAMS=self.processors,  # not how many run: that would compile a kernel for each size
+            NUM_PROGRAMS=self.programs,  # not how many run: that would compile a kernel for each size
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+            **kept_arguments(place),
             **arguments,
         )

@@ -4,7 +4,8 @@
 
 The backward of `vocab_reductions` computes the logits a second time, because it has to wait for the gradient of the
 loss. Here the gradients are those for a gradient of one, computed while the logits are at hand; the real one multiplies
-them later. The logits of all rows need not be at hand at once:
+them later. Where Triton kernels compute the logits, `cuda_loss.py` does that. Through ATen, the logits of all rows need
+not be at hand at once:
 
 - where the sum over rows of the weight's gradient can be kept in its place without loss (float32 and float64 weights),
   rows are taken in groups whose logits fit in the workspace;
@@ -12,10 +13,12 @@ them later. The logits of all rows need not be at hand at once:
   gradient, which is free until then, and in the workspace; the rest is computed a second time.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from . import cpu, cuda
+from . import cpu, cuda, cuda_loss
 from .blocks import Gradients, add_rows
 from .counted import counted_rows, spread, with_rows
 from .fallback import first_that_runs, smaller
@@ -31,13 +34,18 @@ def loss_and_gradients(
     problem: Problem, coefficient: Tensor, needs_grad: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, grad_hidden, grad_weight, grad_bias); gradients are empty where not needed."""
-    return first_that_runs(
-        "scaled_loss",
-        {
-            "the loss with its gradients": lambda: _loss_and_gradients(problem, coefficient, needs_grad),
-            "the same in less memory": lambda: _loss_and_gradients(smaller(problem), coefficient, needs_grad),
-        },
-    )
+
+    def ways(name: str, compute: Callable) -> dict[str, Callable]:
+        return {
+            name: lambda: compute(problem, coefficient, needs_grad),
+            f"{name} in less memory": lambda: compute(smaller(problem), coefficient, needs_grad),
+        }
+
+    through_aten = ways("the loss with its gradients", _loss_and_gradients)
+    if not cuda_loss.supported(problem):
+        return first_that_runs("scaled_loss", through_aten)
+    in_triton = ways("the Triton loss with its gradients", cuda_loss.loss_and_gradients)
+    return first_that_runs(cuda.kind(problem), in_triton | through_aten)
 
 
 def _loss_and_gradients(
@@ -63,13 +71,14 @@ def _loss_and_gradients(
     room = gradients.weight if group_rows == problem.num_rows else gradients.weight[:0]
     kept = KeptLogits.within(problem, group_rows, block_columns, workspace_bytes, room)
     fill = cpu.gradient_of(problem, lse, grads, kept)
+    workspace = problem.hidden.new_empty(block_rows, block_columns)
     for rows in spans(problem.num_rows, max(1, group_rows)):
         results = cpu.reduce_rows(problem, rows, block_rows, block_columns, kept)
         lse[rows] = results.lse
         losses[rows] = results.lse - results.picked + results.lse_rest
         # exp(x - lse - lse_rest) without a pass over x
         grad_lse[rows] = coefficient[rows] * torch.exp(-results.lse_rest)
-        add_rows(problem, gradients, rows, block_rows, block_columns, fill)
+        add_rows(problem, gradients, rows, workspace, fill)
     loss = torch.where(counts, coefficient * losses, 0.0).sum()
     return loss, *gradients.results(problem)
 

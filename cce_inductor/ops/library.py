@@ -65,12 +65,18 @@ _library.define(
 )
 
 
-def pays_in_forward(device: torch.device, compute_dtype: torch.dtype) -> bool:
-    """Whether `scaled_loss` is the faster way, where both can be taken: where no Triton kernel computes the logits.
+def pays_in_forward(
+    device: torch.device, compute_dtype: torch.dtype, approximate_mass: float, needs_grad_weight: bool
+) -> bool:
+    """Whether `scaled_loss` is the faster way, where both can be taken.
 
-    float16 is left out, as a gradient that is not yet multiplied by a gradient scaler's factor would underflow.
+    Always where no Triton kernel computes the logits. Where one does, if the gradients are to be exact, as a sparse
+    backward is faster, and if the weight has one, in whose memory logits are kept. float16 is left out: a gradient that
+    is not yet multiplied by a gradient scaler's factor would underflow.
     """
-    return compute_dtype in (torch.float32, torch.float64) or (device.type == "cpu" and compute_dtype == torch.bfloat16)
+    if compute_dtype == torch.bfloat16:
+        return device.type == "cpu" or (device.type == "cuda" and approximate_mass == 0 and needs_grad_weight)
+    return compute_dtype in (torch.float32, torch.float64)
 
 
 @contextlib.contextmanager

@@ -24,9 +24,10 @@ def plan(
             workspace_mib=1,
             approximate_mass=approximate_mass,
         )
+    pays = pays_in_forward(device, dtype, approximate_mass, needs_grad_weight=True)
+    once = ", in the forward where the loss is alone" if pays else ""
     if device.type != "cuda" or not cuda.supported(problem):
-        once = ", in the forward where the loss is alone" if pays_in_forward(device, dtype) else ""
         return f"blocks through ATen on the {'GPU' if device.type == 'cuda' else 'CPU'}, exact gradients{once}"
     tma = has_tma(device) and width * dtype.itemsize % 16 == 0
-    loads, backward = "TMA" if tma else "pointers", "sparse" if cuda.may_skip(problem) else "exact"
-    return f"Triton kernels, operands loaded by {loads}, {backward} backward"
+    loads, gradients = "TMA" if tma else "pointers", "sparse backward" if cuda.may_skip(problem) else "exact backward"
+    return f"Triton kernels, operands loaded by {loads}, {gradients}{once}"

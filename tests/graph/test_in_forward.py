@@ -1,15 +1,18 @@
 """Losses whose gradients are computed in the forward: which they are, and that nothing is computed twice."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import B, D, S, V, bias, check, hidden, labels, nodes_of, run_compiled, weight
+from helpers import EVERYTHING, B, D, S, V, bias, check, hidden, labels, nodes_of, run_compiled, weight
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from cce_inductor.ops.library import scaled_loss, vocab_reductions
+from cce_inductor.graph import in_forward as graph_in_forward
+from cce_inductor.ops.library import pays_in_forward, scaled_loss, vocab_reductions
 
 MATMUL = 2 * B * S * V * D
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -68,6 +71,39 @@ def test_other_losses_wait_for_the_backward(program):
 def test_no_16_bit_gradient_is_rounded_twice(dtype, operator):
     ours = check(a_third, hidden(dtype=dtype), weight(dtype=dtype), labels())
     assert operators(ours) == [operator]
+
+
+@pytest.fixture
+def like_a_gpu(monkeypatch):
+    """Decisions are those for a GPU."""
+    monkeypatch.setattr(
+        graph_in_forward, "pays_in_forward", lambda _, *rest: pays_in_forward(torch.device("cuda"), *rest)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mass", [0, 0.0, 2**-5])
+def test_on_a_gpu_16_bits_wait_unless_gradients_are_to_be_exact(dtype, mass, like_a_gpu):
+    ours = check(
+        loss, hidden(dtype=dtype), weight(dtype=dtype), labels(), options=replace(EVERYTHING, approximate_mass=mass)
+    )
+    exact_bfloat16 = dtype == torch.bfloat16 and mass == 0
+    assert operators(ours) == [scaled_loss if dtype.itemsize > 2 or exact_bfloat16 else vocab_reductions]
+
+
+@pytest.mark.parametrize(("w", "operator"), [(True, scaled_loss), (False, vocab_reductions)])
+def test_on_a_gpu_the_weight_must_have_a_gradient(w, operator, like_a_gpu):
+    args = hidden(dtype=torch.bfloat16), weight(dtype=torch.bfloat16, requires_grad=w), labels()
+    assert operators(check(loss, *args, options=replace(EVERYTHING, approximate_mass=0.0))) == [operator]
+
+
+def test_on_a_gpu_under_autocast_float32_weights_have_more_room(like_a_gpu):
+    def program(h, w, t):
+        with torch.autocast("cpu", torch.bfloat16):
+            return loss(h, w, t)
+
+    ours = check(program, hidden(), weight(), labels(), options=replace(EVERYTHING, approximate_mass=0.0))
+    assert operators(ours) == [scaled_loss]
 
 
 def test_float16_waits_for_its_scaler():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 from cce_inductor.kernels.config import tile_config
-from cce_inductor.ops import cpu, cuda, in_forward, sparse
+from cce_inductor.ops import cpu, cuda, cuda_loss, in_forward, sparse
 from cce_inductor.ops.launch import device_properties
 from cce_inductor.ops.problem import MIB
 
@@ -124,10 +124,16 @@ def gradients_bound(problem):
 
 def exact_bound(problem):
     """A block of dz; of its columns the weight in two dtypes and its gradient; partial sums of the bias's gradient."""
-    rows, columns = cuda._block_shape(problem)
+    rows, columns = cuda.block_shape(problem)
     block = max(problem.workspace_bytes, rows * cuda.COLUMN_MULTIPLE * problem.compute_dtype.itemsize)
-    partial = -(-rows // 64) * columns * FLOAT
+    partial = -(-rows // 32) * columns * FLOAT
     return gradients_bound(problem) + block + 3 * columns * problem.width * FLOAT + 2 * partial + vectors(problem)
+
+
+def kept_bound(problem):
+    """Forward and exact backward at once; and of each tile of logits that is kept, a number a row."""
+    tiles = -(-problem.vocab_size // cuda.forward_config(problem).block_v)
+    return forward_bound(problem) + exact_bound(problem) + tiles * problem.num_rows * FLOAT
 
 
 def sparse_bound(problem):
@@ -162,6 +168,30 @@ def test_on_a_gpu(size, workspace, mass, skip_ignored, monkeypatch):
 def test_the_kernels_in_the_interpreter(size, workspace):
     """The same formulas, in which small tensors and tiles count."""
     assert_within_bounds("cpu", size, workspace, 2**-4, False, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("workspace", [16, 256])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_of_a_loss_with_its_gradients_on_a_gpu(size, workspace, bias):
+    assert_kept_within_bounds("cuda", size, workspace * MIB, bias, torch.bfloat16)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="there is a GPU, so Triton compiles")
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("workspace", [1, 1 << 14])
+def test_of_a_loss_with_its_gradients_in_the_interpreter(workspace, bias):
+    """In float16: the interpreter's bfloat16 takes copies."""
+    assert_kept_within_bounds("cpu", (70, 200, 24), workspace, bias, torch.float16)
+
+
+def assert_kept_within_bounds(device, size, workspace_bytes, bias, dtype):
+    case = cases.Case(*size, dtype, bias=bias, total=False, class_weight=False, device=device)
+    problem = case.problem(workspace_bytes=workspace_bytes, skip_ignored=True)
+    coefficient = torch.ones(problem.num_rows, device=device)
+    peak, _ = peak_bytes(lambda: cuda_loss.loss_and_gradients(problem, coefficient, [True, True, bias]), device)
+    assert peak <= kept_bound(problem)
 
 
 def assert_within_bounds(device, size, workspace_bytes, mass, skip_ignored, dtype):

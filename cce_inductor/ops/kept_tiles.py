@@ -1,0 +1,97 @@
+"""Where on a GPU logits stay between a forward and the gradient that follows at once: whole tiles of the vocabulary.
+
+The backward takes the vocabulary slice by slice: a slice of dz, [N, C], to the workspace, and then that slice of the
+weight's gradient to its place. Until then both are free memory, which holds logits in 16 bits:
+
+    of the first slice       in the workspace, each where its dz will be
+    of the slices behind it  in the weight's gradient, tile by tile, [tiles, N, columns of a tile], up to its very end
+
+When a slice is read, the gradients of those before it are written. Where N >= D, its logits take no less room than its
+gradient: as the last that are kept end where all gradients end, each slice's begin behind the gradients before. Where
+N < D, all logits that are left take less room than their gradients. So of V classes min(V, C + (V - C) D / N) are kept,
+and where the weight is float32, whose gradient has twice the room, min(V, C + 2 (V - C) D / N).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .problem import Problem
+
+KEPT_DTYPE = torch.float16  # of what `kernels/kept.py` makes of logits
+
+
+@dataclass(frozen=True)
+class Place:
+    """Room for the logits of consecutive tiles."""
+
+    columns: slice
+    logits: Tensor  # flat, from the first of them on
+    base: Tensor  # [tiles, N], float32: what they are differences to
+    tile_columns: int
+    tile_stride: int
+    row_stride: int
+
+    def of(self, rows: slice, columns: slice) -> "Place":
+        """That of some rows, and of some tiles."""
+        first = (columns.start - self.columns.start) // self.tile_columns
+        logits = self.logits[first * self.tile_stride + rows.start * self.row_stride :]
+        return replace(self, columns=columns, logits=logits, base=self.base[first:, rows])
+
+
+def kept_arguments(place: Place | None) -> dict[str, Any]:
+    """How kernels are told of a place."""
+    return {
+        "kept": place and place.logits,
+        "kept_base": place and place.base,
+        "stride_kept_tile": place and place.tile_stride,
+        "stride_kept_row": place and place.row_stride,
+        "stride_kept_base": place and place.base.stride(0),
+    }
+
+
+class KeptTiles:
+    """The logits of the first tiles of the vocabulary, as many as there is room for; none by default."""
+
+    def __init__(self, places: tuple[Place, ...] = ()) -> None:
+        """places: in the order of the vocabulary, from its start and without gaps."""
+        self._places = places
+
+    @classmethod
+    def within(cls, problem: Problem, tile_columns: int, workspace: Tensor, grad_weight: Tensor) -> "KeptTiles":
+        """Room in a workspace for blocks of dz, and in the weight's gradient, or nothing where that is empty.
+
+        Neither is written yet. A workspace of some rows at a time keeps nothing.
+        """
+        rows, vocab_size = problem.num_rows, problem.vocab_size
+        tiles = vocab_size // tile_columns  # what is left is narrower than a tile
+        first = workspace.shape[1] if len(workspace) == rows else 0
+        in_workspace = min(first // tile_columns, tiles)
+        room = grad_weight.flatten().view(KEPT_DTYPE)
+        room = room[first * (room.numel() // vocab_size) :]  # behind the first slice's gradient
+        size = rows * tile_columns
+        in_room = min(room.numel() // size, tiles - in_workspace)
+        base = problem.hidden.new_empty((in_workspace + in_room, rows), dtype=torch.float32)
+        middle, end = in_workspace * tile_columns, (in_workspace + in_room) * tile_columns
+        flat = workspace.flatten().view(KEPT_DTYPE)
+        end_of_room = room[room.numel() - in_room * size :]
+        return cls(
+            (
+                Place(slice(0, middle), flat, base[:in_workspace], tile_columns, tile_columns, workspace.shape[1]),
+                Place(slice(middle, end), end_of_room, base[in_workspace:], tile_columns, size, tile_columns),
+            )
+        )
+
+    def parts(self, rows: slice, columns: slice) -> Iterator[tuple[slice, Place | None]]:
+        """(columns, where their logits of the rows are) of a slice that begins with a tile; None for those not kept."""
+        start = columns.start
+        for place in self._places:
+            part = slice(start, min(place.columns.stop, columns.stop))
+            if part.start < part.stop:
+                yield part, place.of(rows, part)
+                start = part.stop
+        if start < columns.stop:
+            yield slice(start, columns.stop), None
