@@ -58,7 +58,8 @@ _library.define(
 )
 _library.define(
     "scaled_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor coefficient, *, str logit_map, "
-    "int? ignore_index, ScalarType compute_dtype, int workspace_mib, bool[] needs_grad) "
+    "int? ignore_index, ScalarType compute_dtype, int workspace_mib, bool[] needs_grad, "
+    "float approximate_mass=0.0) "
     "-> (Tensor loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
 )
 
