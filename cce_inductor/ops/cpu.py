@@ -53,11 +53,20 @@ def _preactivations(
     """
     shape = rows.stop - rows.start, len(weight)
     place = scratch.product(*shape) if kept is None else kept
-    product = place if again and kept is not None else torch.mm(problem.hidden[rows], weight.T, out=place)
+    product = place if again and kept is not None else _product(problem, rows, weight, place)
     z = product if product.dtype == problem.accumulate_dtype else scratch.sums(*shape).copy_(product)
+    if problem.level is not None:
+        z += problem.level[rows].unsqueeze(1)
     if problem.bias is not None:
         z = z + problem.bias[columns] if z is kept else z.add_(problem.bias[columns])
     return z
+
+
+def _product(problem: Problem, rows: slice, weight: Tensor, out: Tensor) -> Tensor:
+    hidden = problem.hidden[rows]
+    if problem.level is None:
+        return torch.mm(hidden, weight.T, out=out)
+    return torch.addmm(problem.level[rows].unsqueeze(1), hidden, weight.T, beta=-1, out=out)
 
 
 def bad_targets(problem: Problem) -> Tensor:

@@ -17,7 +17,10 @@ Of what is skipped all is known but its place within the tile. That is taken to 
 share, which sums to one over a tile (where f' is one). To the products of a tile this is one row more: its hidden state
 is skipped_hidden[j], its dz is the share, and its product with the weight is skipped_weight[j].
 
-The sample also says beforehand whether there is enough to skip. If not, gradients are exact (`in_forward.py`).
+Products are rounded to 16 bits, as eager's are, but relative to that of the row's target (`_level`): where a softmax is
+peaked, logits that matter are close to each other and may be far from zero.
+
+A look at a few rows says beforehand whether there is enough to skip. If not, gradients are exact (`in_forward.py`).
 """
 
 from dataclasses import dataclass, replace
@@ -34,50 +37,83 @@ from .problem import Problem, Reductions, RowGradients, spans
 TILE = 64  # columns: the narrower, the more can be skipped, down to where small products get slow
 PIECES = 128  # no skipped tile is heavier than the budget / PIECES
 BISECTIONS = 5
-SAMPLED_ROWS = 128
-SAMPLED_SHARE = 16  # at most one row in so many
+LOOKED_AT = 32  # rows, to see whether there is enough to skip
 MOST_NEEDED = 0.6  # of all pairs of a row and a tile; with more of them exact gradients take less time
+SAMPLED_ROWS = 128  # from which the share is estimated
+SAMPLED_SHARE = 16  # at most one row in so many
 LEAST_PRODUCT = 1 << 19  # rows x width; below, a tile's operations take longer to start than to run
 EVERYWHERE = 2.0**-10  # how much a row counts for the share of a tile that it doesn't skip
 MULTIPLE = 64  # of the rows of a product: each shape that is new takes a millisecond
 
 
-def worthwhile(problem: Problem) -> bool:
-    """Whether to look if there is enough to skip."""
+def may_skip(problem: Problem) -> bool:
+    """Whether gradients may be approximate, and the problem is large enough for it to pay."""
     large = problem.num_rows * problem.width >= LEAST_PRODUCT and problem.vocab_size > TILE
     bfloat16 = not problem.hidden.is_cuda and problem.compute_dtype == torch.bfloat16
     return large and bfloat16 and problem.approximate_mass > 0
 
 
-def token_shares(problem: Problem, coefficient: Tensor, grad_weight: Tensor) -> Tensor | None:
-    """The share [V] of each token in its tile; None where there is not enough to skip.
+def skips_enough(problem: Problem, coefficient: Tensor) -> bool:
+    """Whether there is enough to skip, by the look of a few rows."""
+    sample = _Sample.of(problem, coefficient, LOOKED_AT, problem.hidden.new_empty(0))
+    return sample is not None and sample.needed.float().mean().item() <= MOST_NEEDED
+
+
+def token_shares(problem: Problem, coefficient: Tensor, grad_weight: Tensor) -> Tensor:
+    """The share [V] of each token in its tile.
 
     grad_weight: memory that is free until the gradient is written; the logits of the sample are kept there.
     """
-    counting = coefficient.nonzero().squeeze(1)
-    number = min(SAMPLED_ROWS, max(1, problem.num_rows // SAMPLED_SHARE), len(counting))
-    rows = counting[(2 * torch.arange(number) + 1) * len(counting) // max(1, 2 * number)]  # evenly spaced
-    if number == 0:
-        return None
-    sample, every = replace(with_rows(problem, rows), target=None), slice(0, number)
-    shape = _block_shape(sample)
-    kept, scratch = KeptLogits.within(sample, *shape, 0, grad_weight), cpu.Scratch(sample, *shape)
-    results = cpu.reduce_rows(sample, every, *shape, kept, scratch, tile=TILE)
-    mass = _tile_masses(results)
-    needed = needed_tiles(mass, problem.approximate_mass)
-    if needed.to(mass.dtype).mean() > MOST_NEEDED:
-        return None
-    scale = torch.where(needed, EVERYWHERE, 1 + EVERYWHERE) * coefficient[rows].abs()  # [tiles, rows]
-    ones = torch.ones_like(results.lse)
-    fill = cpu.gradient_of(sample, results.lse, RowGradients(ones, ones, ones), kept, scratch)
     share = problem.zeros(problem.vocab_size)
-    for columns in spans(problem.vocab_size, shape[1]):
-        dz = sample.hidden.new_empty(number, columns.stop - columns.start)
-        fill(every, columns, problem.weight_rows(columns), dz, None)
-        for tokens, part in zip(spans(columns.stop, TILE, columns.start), dz.split(TILE, 1), strict=True):
+    sample = _Sample.of(problem, coefficient, SAMPLED_ROWS, grad_weight)
+    if sample is None:
+        return share
+    scale = torch.where(sample.needed, EVERYWHERE, 1 + EVERYWHERE) * sample.coefficient.abs()  # [tiles, rows]
+    for columns in spans(problem.vocab_size, sample.block_columns):
+        p = sample.probabilities(columns)  # times f'
+        for tokens, part in zip(spans(columns.stop, TILE, columns.start), p.split(TILE, 1), strict=True):
             share[tokens] = scale[tokens.start // TILE] @ part.to(share.dtype)
-    tile_sum = (scale * mass).sum(1).repeat_interleave(TILE)[: problem.vocab_size]
+    tile_sum = (scale * sample.mass).sum(1).repeat_interleave(TILE)[: problem.vocab_size]
     return torch.where(tile_sum > 0, share / tile_sum, 0.0)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Evenly spaced rows among those that have a gradient."""
+
+    problem: Problem  # of these rows
+    coefficient: Tensor  # [rows]
+    lse: Tensor  # [rows]
+    mass: Tensor  # [tiles, rows]
+    needed: Tensor  # [tiles, rows]
+    block_columns: int
+    kept: KeptLogits
+    scratch: cpu.Scratch
+
+    @classmethod
+    def of(cls, problem: Problem, coefficient: Tensor, most: int, grad_weight: Tensor) -> "_Sample | None":
+        """None without such rows."""
+        rows = coefficient.nonzero().squeeze(1)
+        number = min(most, max(1, problem.num_rows // SAMPLED_SHARE), len(rows))
+        if number == 0:
+            return None
+        rows = rows[(2 * torch.arange(number) + 1) * len(rows) // (2 * number)]
+        few = replace(with_rows(problem, rows), target=None)
+        columns = _block_shape(few)[1]
+        kept, scratch = KeptLogits.within(few, number, columns, 0, grad_weight), cpu.Scratch(few, number, columns)
+        results = cpu.reduce_rows(few, slice(0, number), number, columns, kept, scratch, tile=TILE)
+        mass = _tile_masses(results)
+        needed = needed_tiles(mass, problem.approximate_mass)
+        return cls(few, coefficient[rows], results.lse, mass, needed, columns, kept, scratch)
+
+    def probabilities(self, columns: slice) -> Tensor:
+        """[rows, columns] of p[n, v] * f'(z[n, v])."""
+        ones = torch.ones_like(self.lse)
+        fill = cpu.gradient_of(self.problem, self.lse, RowGradients(ones, ones, ones), self.kept, self.scratch)
+        weight = self.problem.weight_rows(columns)
+        p = self.problem.hidden.new_empty(len(ones), len(weight))
+        fill(slice(0, len(ones)), columns, weight, p, None)
+        return p
 
 
 def _block_shape(problem: Problem) -> tuple[int, int]:
@@ -99,7 +135,7 @@ def needed_tiles(mass: Tensor, budget: float) -> Tensor:
     high = torch.full_like(mass[0], budget / PIECES)
     low = (high / max(1.0, len(mass) / PIECES)).mul_(0.999)  # all tiles that are lighter are within the budget
     for _ in range(BISECTIONS):
-        middle = (low + high) / 2
+        middle = (low * high).sqrt()
         fits = torch.where(mass < middle, mass, 0.0).sum(0) <= budget
         low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
     return ~(mass < low)
@@ -112,17 +148,25 @@ def loss_and_gradients(
 
     gradients: room for them; nothing was written to it.
     """
-    assert problem.target is not None
+    target = problem.target
+    assert target is not None
+    problem = replace(problem, level=_level(problem, target))
     shape = _block_shape(problem)
     everything = slice(0, problem.num_rows)
     results = cpu.reduce_rows(problem, everything, *shape, KeptLogits(), cpu.Scratch(problem, *shape), tile=TILE)
     loss = (coefficient * (results.lse - results.picked + results.lse_rest)).sum()
     mass = _tile_masses(results)
     needed = needed_tiles(mass, problem.approximate_mass) & ((coefficient != 0) | results.lse.isnan())
-    needed.scatter_(0, (problem.target // TILE).unsqueeze(0), True)
+    needed.scatter_(0, (target // TILE).unsqueeze(0), True)
     skipped = mass.mul_(coefficient).masked_fill_(needed, 0.0)
     _add_tiles(_Rows.of(problem, coefficient, results.lse), needed, skipped, share, gradients)
     return loss, *gradients.results(problem)
+
+
+def _level(problem: Problem, target: Tensor) -> Tensor:
+    """The products of the targets [N], roughly, where they are above zero: more probable ones are closer to that."""
+    products = problem.hidden * problem.weight[target].to(problem.compute_dtype)
+    return products.sum(1).nan_to_num_(0.0, 0.0, 0.0).clamp_(min=0.0)
 
 
 def _add_tiles(rows: "_Rows", needed: Tensor, skipped: Tensor, share: Tensor, gradients: Gradients) -> None:
@@ -143,7 +187,8 @@ def _add_tiles(rows: "_Rows", needed: Tensor, skipped: Tensor, share: Tensor, gr
         hidden = room[: -(-(count + 1) // MULTIPLE) * MULTIPLE]
         torch.index_select(problem.hidden, 0, listed, out=hidden[:count])
         hidden[count], hidden[count + 1 :] = skipped_hidden[tile], 0.0
-        dz = hidden @ weight.T
+        level = torch.nn.functional.pad(rows.level[listed], (0, len(hidden) - count)).unsqueeze(1)
+        dz = torch.addmm(level, hidden, weight.T, beta=-1)
         exact = rows.gradient(tile, columns, listed, dz[:count])
         dz[:count], dz[count], dz[count + 1 :] = exact, share[columns], 0.0
         if needs_weight:
@@ -165,20 +210,22 @@ class _Rows:
     problem: Problem
     coefficient: Tensor  # [N]
     lse: Tensor  # [N]
+    level: Tensor  # [N]
     by_target: Tensor  # [N]: rows in the order of the tiles of their targets
     last: list[int]  # [tiles]: where each tile's rows end there
 
     @classmethod
     def of(cls, problem: Problem, coefficient: Tensor, lse: Tensor) -> "_Rows":
         assert problem.target is not None
+        assert problem.level is not None
         tiles = problem.target // TILE
         last = tiles.bincount(minlength=-(-problem.vocab_size // TILE)).cumsum(0)
-        return cls(problem, coefficient, lse, tiles.argsort(stable=True), last.tolist())
+        return cls(problem, coefficient, lse, problem.level, tiles.argsort(stable=True), last.tolist())
 
     def gradient(self, tile: int, columns: slice, listed: Tensor, product: Tensor) -> Tensor:
         """dz [rows, columns] of the listed rows, which have those whose target is there, from hidden @ weight.T."""
         problem = self.problem
-        z = product.to(self.lse.dtype, copy=True)
+        z = product.to(self.lse.dtype, copy=True).add_(self.level[listed].unsqueeze(1))
         if problem.bias is not None:
             z += problem.bias[columns]
         x, slope = problem.logit_map.value_and_derivative(z)

@@ -55,10 +55,9 @@ def _loss_and_gradients(
         counts = problem.target != problem.ignore_index
     coefficient = torch.where(counts, coefficient, 0.0)
     gradients = Gradients.allocate(problem, needs_grad)
-    if cpu_sparse.worthwhile(problem):
+    if cpu_sparse.may_skip(problem) and cpu_sparse.skips_enough(problem, coefficient):
         share = cpu_sparse.token_shares(problem, coefficient, gradients.weight)
-        if share is not None:
-            return cpu_sparse.loss_and_gradients(problem, coefficient, share, gradients)
+        return cpu_sparse.loss_and_gradients(problem, coefficient, share, gradients)
     losses, lse, grad_lse = (problem.zeros(problem.num_rows) for _ in range(3))
     grads = RowGradients(grad_lse, -coefficient, torch.zeros_like(grad_lse))
     workspace_bytes = _workspace_bytes(problem)
