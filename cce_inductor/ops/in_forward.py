@@ -22,7 +22,7 @@ from .fallback import first_that_runs, smaller
 from .kept import KeptLogits
 from .problem import Problem, RowGradients, spans
 
-LOGITS_SHARE = 4  # a workspace is no larger than a quarter of the logits, whose memory the operators are there to save
+LOGITS_SHARE = 5  # a workspace is no larger than a fifth of the logits, whose memory the operators are there to save
 FEWEST_ROWS = 256  # of a group: with fewer, reading and writing the sums takes longer than the matmuls
 GPU_FEWEST_ROWS = 4096
 

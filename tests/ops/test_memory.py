@@ -102,7 +102,7 @@ def test_of_a_loss_with_its_gradients(given):
 @given(problems())
 def test_of_a_loss_that_skips_what_has_little_probability(given):
     case, problem = given
-    problem = replace(problem, approximate_mass=2**-5)
+    problem = replace(problem, approximate_mass=2**-5, skip_ignored=True)
     coefficient = torch.ones(case.rows)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu_sparse, "LEAST_PRODUCT", 0)
