@@ -10,6 +10,8 @@ them later. The logits of all rows need not be at hand at once:
   rows are taken in groups whose logits fit in the workspace;
 - else all rows are one group. The logits of the first slices of the vocabulary are kept in the memory of the weight's
   gradient, which is free until then, and in the workspace; the rest is computed a second time.
+
+Where much may be skipped on a CPU, `cpu_sparse.py` takes it.
 """
 
 import torch
