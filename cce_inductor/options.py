@@ -25,8 +25,9 @@ class Options:
     workspace_mib: scratch memory of the backward in MiB. More makes it faster up to a point. ARCHITECTURE.md has the
         formula of the peak.
     approximate_mass: how much of each row's probability mass the backward may approximate, from 0 (exact gradients)
-        to below 1. On a GPU, in bfloat16 and float16, it then skips the tiles of the softmax that matter least, none
-        of them heavier than 1/32 of this, but for their heaviest tokens, and puts the mass of the others back as rows
+        to below 1. In bfloat16 and float16 on a GPU, and in bfloat16 on a CPU where the loss is the only one of its
+        graph, it then skips the tiles of the softmax that matter least, none of them heavier than 1/32 of this, but
+        for their heaviest tokens (1/128 on a CPU, heaviest tokens too), and puts the mass of the others back as rows
         spread it on average. Faster the more peaked the softmax is. Elsewhere gradients are always exact.
     logits: what becomes of logits that a program returns beside the loss. "lazy": they are computed from the hidden
         states when something first reads them, which must be before the weight changes. "materialize": they are

@@ -11,6 +11,8 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which no import above does
 
+torch.set_num_threads(1)  # tests run side by side, and threads that wait for each other take the cores of others
+
 # What an earlier run left in Inductor's cache would not be compiled again, and so not be reported.
 _cache = tempfile.TemporaryDirectory(prefix="inductor-cache-", ignore_cleanup_errors=True)
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = _cache.name

@@ -8,6 +8,7 @@ SPARSE = "tests/ops/test_sparse.py"
 LOSSES = "tests/ops/test_losses.py"
 SCALED = "tests/ops/test_scaled_loss.py"
 KEPT = "tests/ops/test_kept_tiles.py"
+CPU_SPARSE = "tests/ops/test_cpu_sparse.py"
 MAPS = "tests/test_logit_map.py"
 GRAPH = "tests/graph/test_"
 
@@ -183,6 +184,20 @@ FAULTS = [
         "RowGradients(grad_lse, -coefficient,",
         "RowGradients(grad_lse, coefficient,",
         SCALED,
+    ),
+    Fault(
+        "what the CPU skips is lost in the weight's gradient",
+        "ops/cpu_sparse.py",
+        "= skipped_hidden[tile], 0.0",
+        "= 0.0, 0.0",
+        CPU_SPARSE,
+    ),
+    Fault(
+        "a row may skip its target on the CPU",
+        "ops/cpu_sparse.py",
+        "unsqueeze(0), True)",
+        "unsqueeze(0), False)",
+        CPU_SPARSE,
     ),
     # losses and maps
     Fault(

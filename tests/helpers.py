@@ -305,8 +305,9 @@ def line_of(function: Callable, marker: str) -> str:
 def assert_like_eager(ours: Compiled, function: Callable, args: tuple, theirs: Run | None = None) -> None:
     """Same shapes and dtypes, and no further from the float64 result than eager (or theirs), but for rounding.
 
-    That is as much as changes where the inputs change by a unit of rounding in the coarsest dtype of the program, or
-    by D units in float32, which is what a logit, a sum of D products, may be wrong by; and the same of the result.
+    Rounding is as much as changes where the inputs change by a unit of rounding in the coarsest dtype of the program,
+    or by D units in float32, which is what a logit, a sum of D products, may be wrong by; and the same of the result.
+    Eager's distance is the largest of those for such inputs.
     """
     eps = max(torch.finfo(dtype).eps for graph in ours.before for dtype in graph.dtypes)
     _assert_close_runs(ours, theirs or run_eager(function, args), function, args, eps)
@@ -326,22 +327,23 @@ def assert_close_to_eager(ours: Callable, eager: Callable, args: tuple, rounding
 def _assert_close_runs(ours: Run, theirs: Run, function: Callable, args: tuple, eps: float) -> None:
     exact = run_float64(function, args)
     eps += D * 2**-23
-    # in several directions, as a result may happen not to move in one
-    nearby = [run_float64(function, tuple(_nudged(arg, eps, seed) for arg in copy.deepcopy(args))) for seed in range(4)]
+    # what happens beside these arguments says what rounding does to eager: to one result it may happen to do nothing
+    beside = [tuple(_nudged(arg, eps, seed) for arg in copy.deepcopy(args)) for seed in range(3)]
+    rounded, nearby = ([run(function, moved) for moved in beside] for run in (run_eager, run_float64))
     assert ours.requires_grad == theirs.requires_grad
     assert torch.equal(ours.rng_state, theirs.rng_state), "the random number generator is in another state"
     for name in ("outputs", "gradients", "arguments"):
-        results = (getattr(run, name) for run in (ours, theirs, exact, *nearby))
-        for i, (mine, other, reference, *near) in enumerate(zip(*results, strict=True)):
+        results = (getattr(run, name) for run in (ours, theirs, exact, *rounded, *nearby))
+        for i, (mine, other, reference, *others) in enumerate(zip(*results, strict=True)):
             assert (mine is None) == (other is None), f"{name}[{i}]: only one of the two is None"
             if other is not None:
-                _assert_close(f"{name}[{i}]", mine, other, reference, near, eps)
+                pairs = list(zip(others[: len(beside)], others[len(beside) :], strict=True))
+                _assert_close(f"{name}[{i}]", mine, other, reference, pairs, eps)
 
 
 def _nudged(arg: Any, eps: float, seed: int) -> Any:
     """Inputs that differ by a share eps: each number up or down, as the seed says."""
     if isinstance(arg, torch.nn.Module):
-        arg = arg.double()
         for parameter in arg.parameters():
             parameter.data = _nudged(parameter.data, eps, seed)
         return arg
@@ -350,15 +352,24 @@ def _nudged(arg: Any, eps: float, seed: int) -> Any:
     if not isinstance(arg, Tensor) or not arg.is_floating_point():
         return arg
     signs = torch.randint(0, 2, arg.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    return (arg.detach().double() * (1 + eps * signs)).requires_grad_(arg.requires_grad)
+    moved = arg.detach().double() * (1 + eps * signs)
+    return moved.to(arg.dtype).requires_grad_(arg.requires_grad)
 
 
-def _assert_close(name: str, mine: Tensor, theirs: Tensor, exact: Tensor, nearby: list[Tensor], eps: float) -> None:
+def _assert_close(
+    name: str, mine: Tensor, theirs: Tensor, exact: Tensor, nearby: list[tuple[Tensor, Tensor]], eps: float
+) -> None:
+    """nearby: what eager gives for arguments beside these, in their dtypes and in float64."""
     assert (mine.shape, mine.dtype) == (theirs.shape, theirs.dtype), name
     if not exact.dtype.is_floating_point:
         assert torch.equal(mine, theirs), name
         return
     assert torch.equal(mine.isnan(), theirs.isnan()), name
-    error, eagers, *moved = ((run.double() - exact).nan_to_num().norm() for run in (mine, theirs, *nearby))
-    allowed = eagers + max(moved) + eps * exact.nan_to_num().norm()
+    error, *eagers = (_distance(*pair) for pair in ((mine, exact), (theirs, exact), *nearby))
+    moved = max(_distance(near, exact) for _, near in nearby)
+    allowed = max(eagers) + moved + eps * exact.nan_to_num().norm()
     assert error <= allowed, f"{name}: off by {error}, eager by {eagers}, allowed {allowed}"
+
+
+def _distance(a: Tensor, b: Tensor) -> Tensor:
+    return (a.double() - b).nan_to_num().norm()

@@ -214,7 +214,15 @@ def deterministic(request):
     torch.use_deterministic_algorithms(before)
 
 
-@pytest.mark.usefixtures("deterministic")
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("deterministic", "two_threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
 def test_fifty_runs_give_the_same_bits(device, dtype):

@@ -27,21 +27,46 @@ def block_shape(problem: Problem, most_rows: int | None = None) -> tuple[int, in
     return rows, min(max(1, columns // ALIGNMENT) * ALIGNMENT, -(-problem.vocab_size // ALIGNMENT) * ALIGNMENT)
 
 
+class Scratch:
+    """Memory for a block of logits that all blocks use: a system takes as long to hand out pages as to fill them."""
+
+    def __init__(self, problem: Problem, rows: int, columns: int) -> None:
+        self._product = problem.hidden.new_empty(rows * columns)
+        same = problem.compute_dtype == problem.accumulate_dtype
+        self._sums = self._product if same else self._product.new_empty(rows * columns, dtype=problem.accumulate_dtype)
+
+    def product(self, rows: int, columns: int) -> Tensor:
+        """[rows, columns] in the dtype of the matmuls."""
+        return self._product[: rows * columns].view(rows, columns)
+
+    def sums(self, rows: int, columns: int) -> Tensor:
+        """[rows, columns] in the dtype of sums; the same memory, where the dtype is."""
+        return self._sums[: rows * columns].view(rows, columns)
+
+
 def _preactivations(
-    problem: Problem, rows: slice, columns: slice, weight: Tensor, kept: Tensor | None, again: bool
+    problem: Problem, rows: slice, columns: slice, weight: Tensor, kept: Tensor | None, again: bool, scratch: Scratch
 ) -> Tensor:
     """z = hidden @ weight.T + bias of one block, in the dtype of the sums.
 
     kept: where the product goes the first time and is found again; it must not be written to.
     """
-    if kept is None:
-        product = problem.hidden[rows] @ weight.T
-    else:
-        product = kept if again else torch.mm(problem.hidden[rows], weight.T, out=kept)
-    z = product.to(problem.accumulate_dtype)
+    shape = rows.stop - rows.start, len(weight)
+    place = scratch.product(*shape) if kept is None else kept
+    product = place if again and kept is not None else _product(problem, rows, weight, place)
+    z = product if product.dtype == problem.accumulate_dtype else scratch.sums(*shape).copy_(product)
+    if problem.level is not None:
+        z += problem.level[rows].unsqueeze(1)
     if problem.bias is not None:
         z = z + problem.bias[columns] if z is kept else z.add_(problem.bias[columns])
     return z
+
+
+def _product(problem: Problem, rows: slice, weight: Tensor, out: Tensor) -> Tensor:
+    hidden = problem.hidden[rows]
+    if problem.level is None:
+        return torch.mm(hidden, weight.T, out=out)
+    return torch.addmm(problem.level[rows].unsqueeze(1), hidden, weight.T, beta=-1, out=out)
 
 
 def bad_targets(problem: Problem) -> Tensor:
@@ -83,7 +108,8 @@ def forward(problem: Problem) -> Reductions:
     counted = counted_rows(problem)
     if counted is not None:
         return _spread(problem, counted, forward(with_rows(problem, counted)))
-    return reduce_rows(problem, slice(0, problem.num_rows), *block_shape(problem), KeptLogits())
+    shape = block_shape(problem)
+    return reduce_rows(problem, slice(0, problem.num_rows), *shape, KeptLogits(), Scratch(problem, *shape))
 
 
 def _spread(problem: Problem, counted: Tensor, few: Reductions) -> Reductions:
@@ -95,8 +121,20 @@ def _spread(problem: Problem, counted: Tensor, few: Reductions) -> Reductions:
     return few._replace(**vectors, tile_lse=none.lse, tile_top=none.top)
 
 
-def reduce_rows(problem: Problem, group: slice, block_rows: int, block_columns: int, kept: KeptLogits) -> Reductions:
-    """The reductions of a group of rows, from those of the vocabulary slices."""
+def reduce_rows(
+    problem: Problem,
+    group: slice,
+    block_rows: int,
+    block_columns: int,
+    kept: KeptLogits,
+    scratch: Scratch,
+    tile: int = 0,
+) -> Reductions:
+    """The reductions of a group of rows, from those of the vocabulary slices.
+
+    tile: of how many columns each the log-sum-exps are kept (with all rows in one group, and no entropy), which divides
+    block_columns; 0 for none.
+    """
     slices = list(spans(problem.vocab_size, block_columns))
     row_count = group.stop - group.start
     picked = problem.zeros(row_count, *(() if problem.target is None else problem.target.shape[1:]))
@@ -104,12 +142,13 @@ def reduce_rows(problem: Problem, group: slice, block_rows: int, block_columns: 
     slice_spread = problem.zeros(len(slices) if problem.want_entropy else 0, row_count)
     maximum = problem.zeros(row_count if problem.want_max else 0).fill_(-torch.inf)
     argmax = torch.zeros_like(maximum, dtype=torch.int64)
+    tile_lse = slice_sum.new_empty(-(-problem.vocab_size // tile) if tile else 0, row_count, dtype=torch.float32)
     for number, columns in enumerate(slices):
         weight = problem.weight_rows(columns)
         for rows in spans(group.stop, block_rows, group.start):
             here = slice(rows.start - group.start, rows.stop - group.start)
             place = kept.block(rows, columns)
-            x = problem.logit_map(_preactivations(problem, rows, columns, weight, place, again=False))
+            x = problem.logit_map(_preactivations(problem, rows, columns, weight, place, again=False, scratch=scratch))
             if problem.target is not None:
                 index, inside = _in_block(problem.target[rows], columns, problem.ignore_index)
                 _as_columns(picked)[here] += torch.where(inside, x.gather(1, index), 0.0)
@@ -118,10 +157,15 @@ def reduce_rows(problem: Problem, group: slice, block_rows: int, block_columns: 
             if problem.want_max:
                 _keep_larger(maximum[here], argmax[here], x, columns)
             spread = slice_spread[number, here] if problem.want_entropy else None
-            slice_peak[number, here], slice_sum[number, here] = _sum_exp(x, None if x is place else x, spread)
+            difference = scratch.sums(*x.shape) if x is place else x
+            slice_peak[number, here], slice_sum[number, here] = _sum_exp(x, difference, spread)
+            if tile:
+                sums = _tile_sums(difference, tile).log_().add_(slice_peak[number, here])
+                tile_lse[columns.start // tile :, here][: len(sums)] = sums
     lse, lse_rest = _log_sum(slice_peak, slice_sum)
     entropy = _entropy(slice_peak, slice_sum, slice_spread) if problem.want_entropy else problem.zeros(0)
-    return Reductions(lse, picked, slice_total.sum(0), maximum, argmax, entropy, lse_rest, *problem.tiles(0))
+    tile_top = problem.tiles(0).top
+    return Reductions(lse, picked, slice_total.sum(0), maximum, argmax, entropy, lse_rest, tile_lse, tile_top)
 
 
 def _keep_larger(maximum: Tensor, argmax: Tensor, x: Tensor, columns: slice) -> None:
@@ -132,18 +176,25 @@ def _keep_larger(maximum: Tensor, argmax: Tensor, x: Tensor, columns: slice) -> 
     maximum.copy_(torch.where(larger, value, maximum))
 
 
-def _sum_exp(x: Tensor, scratch: Tensor | None, spread: Tensor | None) -> tuple[Tensor, Tensor]:
+def _sum_exp(x: Tensor, difference: Tensor, spread: Tensor | None) -> tuple[Tensor, Tensor]:
     """(shift, sum over columns of exp(x - shift)), the shift the largest x or 0; the sum is nan where x has a nan or
-    +inf. The scratch, where there is one, is overwritten; it may be x itself. The spread, where it is wanted, becomes
+    +inf. The difference is memory to be overwritten; it may be x itself. The spread, where it is wanted, becomes
     the sum over columns of exp(x - shift) * (x - shift)."""
     peak = x.amax(1, keepdim=True)
     shift = peak.masked_fill(peak == -torch.inf, 0.0)
-    difference = torch.sub(x, shift, out=scratch)
+    torch.sub(x, shift, out=difference)
     if spread is None:
         return shift.squeeze(1), difference.exp_().sum(1)
     exp = difference.exp()
     spread.copy_(difference.clamp_(min=LEAST_LOG).mul_(exp).sum(1))
     return shift.squeeze(1), exp.sum(1)
+
+
+def _tile_sums(exp: Tensor, tile: int) -> Tensor:
+    """[tiles, rows]: the sums of as many columns each, the last ones of those that are left."""
+    whole = exp.shape[1] // tile * tile
+    sums = exp[:, :whole].unflatten(1, (-1, tile)).sum(2)
+    return sums.T if whole == exp.shape[1] else torch.cat([sums, exp[:, whole:].sum(1, keepdim=True)], 1).T
 
 
 def _shifts(peaks: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,15 +245,18 @@ def backward(
         part_grads = grads.map(lambda vector: vector[counted] if len(vector) > 0 else vector)  # or nobody wants it
         few, grad_weight, grad_bias = backward(part, lse[counted], tiles, part_grads, needs_grad)
         return spread(few, counted, problem.num_rows) if needs_grad[0] else few, grad_weight, grad_bias
-    return exact_backward(problem, needs_grad, *block_shape(problem), gradient_of(problem, lse, grads, KeptLogits()))
+    shape = block_shape(problem)
+    return exact_backward(
+        problem, needs_grad, *shape, gradient_of(problem, lse, grads, KeptLogits(), Scratch(problem, *shape))
+    )
 
 
-def gradient_of(problem: Problem, lse: Tensor, grads: RowGradients, kept: KeptLogits) -> Fill:
+def gradient_of(problem: Problem, lse: Tensor, grads: RowGradients, kept: KeptLogits, scratch: Scratch) -> Fill:
     """Computes blocks of dz for the gradients of the results: from kept logits, or anew."""
     grad_lse, grad_picked, grad_total = map(_as_columns, (grads.lse, grads.picked, grads.total))
 
     def fill(rows: slice, columns: slice, weight: Tensor, dz: Tensor, grad_bias: Tensor | None) -> None:
-        z = _preactivations(problem, rows, columns, weight, kept.block(rows, columns), again=True)
+        z = _preactivations(problem, rows, columns, weight, kept.block(rows, columns), again=True, scratch=scratch)
         x, slope = problem.logit_map.value_and_derivative(z)
         spare = None if slope is not None else x  # of another dtype than dz, x is a copy; it and the slope may be one
         place = dz if dz.dtype == x.dtype else spare

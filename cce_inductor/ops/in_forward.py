@@ -11,6 +11,8 @@ not be at hand at once:
   rows are taken in groups whose logits fit in the workspace;
 - else all rows are one group. The logits of the first slices of the vocabulary are kept in the memory of the weight's
   gradient, which is free until then, and in the workspace; the rest is computed a second time.
+
+Where much may be skipped on a CPU, `cpu_sparse.py` takes it.
 """
 
 from collections.abc import Callable
@@ -18,14 +20,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import cpu, cuda, cuda_loss
+from . import cpu, cpu_sparse, cuda, cuda_loss
 from .blocks import Gradients, add_rows
 from .counted import counted_rows, spread, with_rows
 from .fallback import first_that_runs, smaller
 from .kept import KeptLogits
 from .problem import Problem, RowGradients, spans
 
-LOGITS_SHARE = 4  # a workspace is no larger than a quarter of the logits, whose memory the operators are there to save
+LOGITS_SHARE = 5  # a workspace is no larger than a fifth of the logits, whose memory the operators are there to save
 FEWEST_ROWS = 256  # of a group: with fewer, reading and writing the sums takes longer than the matmuls
 GPU_FEWEST_ROWS = 4096
 
@@ -63,6 +65,9 @@ def _loss_and_gradients(
         counts = problem.target != problem.ignore_index
     coefficient = torch.where(counts, coefficient, 0.0)
     gradients = Gradients.allocate(problem, needs_grad)
+    if cpu_sparse.may_skip(problem) and cpu_sparse.skips_enough(problem, coefficient):
+        share = cpu_sparse.token_shares(problem, coefficient, gradients.weight)
+        return cpu_sparse.loss_and_gradients(problem, coefficient, share, gradients)
     losses, lse, grad_lse = (problem.zeros(problem.num_rows) for _ in range(3))
     grads = RowGradients(grad_lse, -coefficient, torch.zeros_like(grad_lse))
     workspace_bytes = _workspace_bytes(problem)
@@ -70,10 +75,11 @@ def _loss_and_gradients(
     block_rows, block_columns = cpu.block_shape(problem, group_rows)
     room = gradients.weight if group_rows == problem.num_rows else gradients.weight[:0]
     kept = KeptLogits.within(problem, group_rows, block_columns, workspace_bytes, room)
-    fill = cpu.gradient_of(problem, lse, grads, kept)
+    scratch = cpu.Scratch(problem, block_rows, block_columns)
+    fill = cpu.gradient_of(problem, lse, grads, kept, scratch)
     workspace = problem.hidden.new_empty(block_rows, block_columns)
     for rows in spans(problem.num_rows, max(1, group_rows)):
-        results = cpu.reduce_rows(problem, rows, block_rows, block_columns, kept)
+        results = cpu.reduce_rows(problem, rows, block_rows, block_columns, kept, scratch)
         lse[rows] = results.lse
         losses[rows] = results.lse - results.picked + results.lse_rest
         # exp(x - lse - lse_rest) without a pass over x

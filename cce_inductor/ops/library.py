@@ -17,8 +17,8 @@ The coefficients get no gradient.
 the matmuls are cast to (autocast: a float32 parameter with bfloat16 arithmetic), while gradients come back in each
 input's own dtype. `want_total` asks for the third result, which is zero otherwise, `want_max` for maximum and argmax,
 `want_entropy` for the entropy, which are empty otherwise. `workspace_mib` bounds the scratch
-memory of the backward. `approximate_mass` is how much of each row's probability the backward may approximate, 0 for
-exact gradients. `tile_lse` and `tile_top` are what the forward hands to an approximate backward, where there is one,
+memory of the backward. `approximate_mass` is how much of each row's probability gradients may approximate, 0 for
+exact ones. `tile_lse` and `tile_top` are what the forward hands to an approximate backward, where there is one,
 else empty. With
 `skip_ignored` nobody reads results but picked of rows whose target is `ignore_index`: they may be anything but nan.
 `lse_rest` is what rounding took from lse: a log-probability is picked - lse - lse_rest. It has no gradient. In a
@@ -60,7 +60,8 @@ _library.define(
 )
 _library.define(
     "scaled_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor coefficient, *, str logit_map, "
-    "int? ignore_index, ScalarType compute_dtype, int workspace_mib, bool[] needs_grad) "
+    "int? ignore_index, ScalarType compute_dtype, int workspace_mib, bool[] needs_grad, "
+    "float approximate_mass=0.0) "
     "-> (Tensor loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
 )
 

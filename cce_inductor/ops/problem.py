@@ -79,6 +79,7 @@ class Problem:
     skip_ignored: bool = False  # nobody reads results but picked of rows whose target is ignore_index
     want_max: bool = False  # and argmax
     want_entropy: bool = False
+    level: Tensor | None = None  # [N]: taken from products before they are rounded to 16 bits, and added after
 
     @classmethod
     def of(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 from cce_inductor.kernels.config import tile_config
-from cce_inductor.ops import cpu, cuda, cuda_loss, in_forward, sparse
+from cce_inductor.ops import cpu, cpu_sparse, cuda, cuda_loss, in_forward, sparse
 from cce_inductor.ops.launch import device_properties
 from cce_inductor.ops.problem import MIB
 
@@ -95,7 +95,22 @@ def test_of_a_loss_with_its_gradients(given):
     coefficient = torch.ones(case.rows)
     peak, _ = peak_bytes(lambda: in_forward.loss_and_gradients(problem, coefficient, [True, True, case.bias]))
     logits = problem.num_rows * problem.vocab_size * problem.compute_dtype.itemsize
-    assert peak <= cpu_bound(problem, kept=min(problem.workspace_bytes, logits // 4))
+    assert peak <= cpu_bound(problem, kept=min(problem.workspace_bytes, logits // in_forward.LOGITS_SHARE))
+
+
+@settings(max_examples=10)
+@given(problems())
+def test_of_a_loss_that_skips_what_has_little_probability(given):
+    case, problem = given
+    problem = replace(problem, approximate_mass=2**-5, skip_ignored=True)
+    coefficient = torch.ones(case.rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_sparse, "LEAST_PRODUCT", 0)
+        patch.setattr(cpu_sparse, "MOST_NEEDED", 1.0)
+        peak, _ = peak_bytes(lambda: in_forward.loss_and_gradients(problem, coefficient, [True, True, case.bias]))
+    logits = problem.num_rows * problem.vocab_size * problem.compute_dtype.itemsize
+    tiles = 5 * problem.num_rows * -(-problem.vocab_size // cpu_sparse.TILE) * FLOAT
+    assert peak <= cpu_bound(problem, kept=max(tiles, min(problem.workspace_bytes, logits // in_forward.LOGITS_SHARE)))
 
 
 def test_the_logits_would_break_the_bound():
