@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cce_inductor.ops import cuda, row_lists, sparse
+from cce_inductor.ops.problem import evenly_spaced
 from cce_inductor.ops.row_lists import RowLists
 
 TILE_ROWS, TILE_WIDTH = 16, 32  # of the interpreter's tiles
@@ -78,7 +79,7 @@ def test_nothing_skipped_is_no_worse_than_eager(
 
 @given(holds=st.lists(st.booleans(), min_size=1, max_size=60), count=st.integers(1, 20))
 def test_the_sample_is_of_rows_that_count(holds, count):
-    chosen = sparse._evenly_spaced(torch.tensor(holds), count).tolist()
+    chosen = evenly_spaced(torch.tensor(holds), count).tolist()
     assert len(chosen) == count
     assert all(0 <= place < len(holds) for place in chosen)
     if places := [place for place, held in enumerate(holds) if held]:
