@@ -32,7 +32,7 @@ from . import cpu
 from .blocks import Gradients, add_matmul
 from .counted import with_rows
 from .kept import KeptLogits
-from .problem import Problem, Reductions, RowGradients, spans
+from .problem import Problem, Reductions, RowGradients, evenly_spaced, spans
 
 TILE = 64  # columns: the narrower, the more can be skipped, down to where small products get slow
 PIECES = 128  # no skipped tile is heavier than the budget / PIECES
@@ -93,11 +93,11 @@ class _Sample:
     @classmethod
     def of(cls, problem: Problem, coefficient: Tensor, most: int, grad_weight: Tensor) -> "_Sample | None":
         """None without such rows."""
-        rows = coefficient.nonzero().squeeze(1)
-        number = min(most, max(1, problem.num_rows // SAMPLED_SHARE), len(rows))
+        matters = coefficient != 0
+        number = min(most, max(1, problem.num_rows // SAMPLED_SHARE), int(matters.sum()))
         if number == 0:
             return None
-        rows = rows[(2 * torch.arange(number) + 1) * len(rows) // (2 * number)]
+        rows = evenly_spaced(matters, number)
         few = replace(with_rows(problem, rows), target=None)
         columns = _block_shape(few)[1]
         kept, scratch = KeptLogits.within(few, number, columns, 0, grad_weight), cpu.Scratch(few, number, columns)

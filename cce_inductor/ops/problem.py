@@ -200,6 +200,13 @@ def accumulate_dtype(compute_dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if compute_dtype == torch.float64 else torch.float32
 
 
+def evenly_spaced(mask: Tensor, count: int) -> Tensor:
+    """[count], int64: places where the mask [N] holds, evenly spaced among these; any places if it holds nowhere."""
+    before = mask.cumsum(0)
+    wanted = (2 * torch.arange(count, device=mask.device) + 1) * before[-1] // (2 * count)
+    return torch.searchsorted(before, wanted + 1).clamp(max=len(mask) - 1)
+
+
 def spans(stop: int, step: int, start: int = 0) -> Iterator[slice]:
     """[start, stop) in consecutive slices of at most `step`."""
     for begin in range(start, stop, step):

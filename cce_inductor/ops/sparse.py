@@ -28,7 +28,7 @@ from ..kernels.sparse import (
 )
 from ..kernels.top_gradient import top_hidden_kernel, top_weight_kernel
 from .launch import Rounds, can_use_tma, device_properties, ignore_arguments, interpretable, l2_cache_bytes
-from .problem import Problem, RowGradients, Tiles
+from .problem import Problem, RowGradients, Tiles, evenly_spaced
 from .row_lists import Active, RowLists, Skipped, most_blocks_of_a_tile
 
 LEAST_FLOPS = 10**12  # of the logits, one to two milliseconds: as long as the host takes to start the kernels
@@ -67,13 +67,6 @@ def backward(
     if needs_grad[0]:
         grad_hidden = sparse.complete_hidden()
     return grad_hidden, grad_weight, empty
-
-
-def _evenly_spaced(mask: Tensor, count: int) -> Tensor:
-    """[count], int64: places where the mask [N] holds, evenly spaced among these; any places if it holds nowhere."""
-    before = mask.cumsum(0)
-    wanted = (2 * torch.arange(count, device=mask.device) + 1) * before[-1] // (2 * count)
-    return torch.searchsorted(before, wanted + 1).clamp(max=len(mask) - 1)
 
 
 def _float32_product(a: Tensor, b: Tensor) -> Tensor:
@@ -133,7 +126,7 @@ class _SparseBackward:
     def _estimate_shares(self, active: Active, tiles: Tiles) -> None:
         """How a tile's skipped mass is spread over its columns, from some of the rows."""
         problem, config = self.problem, self.config
-        sample = _evenly_spaced(self.grad_lse != 0, min(SAMPLED_ROWS, problem.num_rows))
+        sample = evenly_spaced(self.grad_lse != 0, min(SAMPLED_ROWS, problem.num_rows))
         hidden = self.hidden[sample]
         self.share = torch.empty(problem.vocab_size, dtype=torch.float32, device=hidden.device)
         self.skipped_weight = hidden.new_empty(self.tiles, problem.width, dtype=problem.compute_dtype)

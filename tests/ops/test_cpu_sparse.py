@@ -40,6 +40,15 @@ def make(rows, vocab, width, dtype=torch.bfloat16, **options):
     return case
 
 
+def make_agreeing():
+    """Rows that agree on what to skip, and much to skip."""
+    case = make(64, 600, 24, torch.float64)
+    case.hidden = case.hidden[:4].repeat_interleave(16, 0) / 3
+    case.grads[0] = case.grads[0].double()
+    case.grads[1] = -case.grads[0]
+    return case
+
+
 def compute(case, budget, needs_grad=(True, True, None)):
     """(loss, gradients of hidden, weight and bias) by the sparse way, whatever the sample says."""
     problem = case.problem(approximate_mass=budget)
@@ -143,10 +152,7 @@ def test_a_row_that_is_not_a_number_needs_everything():
 
 
 def test_the_error_shrinks_with_the_budget():
-    case = make(64, 600, 24, torch.float64)
-    case.hidden = case.hidden[:4].repeat_interleave(16, 0) / 3  # rows that agree on what to skip, and much to skip
-    case.grads[0] = case.grads[0].double()
-    case.grads[1] = -case.grads[0]
+    case = make_agreeing()
     wanted = cases.exact(case)[-2:]
     errors = [
         sum((g - w).norm().item() for g, w in zip(compute(case, mass)[1:3], wanted, strict=True))
@@ -157,10 +163,7 @@ def test_the_error_shrinks_with_the_budget():
 
 
 def test_compensation_is_better_than_none():
-    case = make(64, 600, 24, torch.float64)
-    case.hidden = case.hidden[:4].repeat_interleave(16, 0) / 3
-    case.grads[0] = case.grads[0].double()
-    case.grads[1] = -case.grads[0]
+    case = make_agreeing()
     problem = case.problem(approximate_mass=2**-2)
     wanted = cases.exact(case)[-2:]
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cce_inductor.kernels import active as active_rules
 from cce_inductor.ops import cuda, row_lists, sparse
-from cce_inductor.ops.problem import Tiles
+from cce_inductor.ops.problem import Tiles, evenly_spaced
 from cce_inductor.ops.row_lists import Active, RowLists, Skipped
 
 TILE_ROWS, TILE_WIDTH, PART = 16, 32, 16  # of the interpreter's tiles
@@ -91,7 +91,7 @@ def test_nothing_skipped_is_no_worse_than_eager(
 
 @given(holds=st.lists(st.booleans(), min_size=1, max_size=60), count=st.integers(1, 20))
 def test_the_sample_is_of_rows_that_count(holds, count):
-    chosen = sparse._evenly_spaced(torch.tensor(holds), count).tolist()
+    chosen = evenly_spaced(torch.tensor(holds), count).tolist()
     assert len(chosen) == count
     assert all(0 <= place < len(holds) for place in chosen)
     if places := [place for place, held in enumerate(holds) if held]:
@@ -118,7 +118,7 @@ def specified(case, problem, lse, tiles, dense_share):
     computed = active[tile_of].T | (torch.arange(x.shape[1]) % TILE_WIDTH == top_of[tile_of].T)
     rest = torch.where(computed, 0.0, p)  # of rows and columns
 
-    sample = sparse._evenly_spaced(case.grads[0] != 0, min(sparse.SAMPLED_ROWS, case.rows))
+    sample = evenly_spaced(case.grads[0] != 0, min(sparse.SAMPLED_ROWS, case.rows))
     weights = grads[0][sample, None].abs() * torch.where(active[tile_of].T[sample], 2.0**-10, 1 + 2.0**-10)
     weights = weights * torch.where(torch.arange(x.shape[1]) % TILE_WIDTH == top_of[tile_of].T, 0.0, 1.0)[sample]
     in_tile = torch.nn.functional.one_hot(tile_of).double()  # [V, tiles]
