@@ -2,12 +2,13 @@
 
     mass[j, n]   = sum over v in tile j of p[n, v] = exp(tile_lse[j, n] - lse[n])
     top[j, n]    = max over v in tile j of p[n, v] where that and mass[j, n] are large enough, else 0
-    active[j, n] = mass[j, n] >= t[n],   t[n] <= budget / 32 the largest with
-                                         sum over j of (mass[j, n] - top[j, n]) [mass[j, n] < t[n]] <= budget
+    rest[j, n]   = mass[j, n] - top[j, n]
+    active[j, n] = rest[j, n] >= t[n],   t[n] <= budget / 64 the largest with
+                                         sum over j of rest[j, n] [rest[j, n] < t[n]] <= budget
 
-Where a tile that is not active has a top, that token alone is computed, and it is not approximated then.
-The error of the gradients grows with the square root of the sum of the squares of what is skipped. So it takes many
-light tiles to do the harm of a heavier one, and a row that may skip a lot must do so in small pieces.
+Where a tile that is not active has a top, that token alone is computed, and only the rest is approximated.
+The error of the gradients grows with the square root of the sum of the squares of what is approximated. So it takes
+many light tiles to do the harm of a heavier one, and a row that may skip a lot must do so in small pieces.
 The tile of the target is always active, and no tile is where the row has no gradient. A row that is spread evenly
 skips nearly nothing, so an untrained model stays exact by itself. A row that needs most of the tiles is *dense*: it
 gets all of them, and is listed once instead of in each tile.
@@ -20,8 +21,8 @@ from .pointwise import exp
 from .tops import column_of, number_of
 
 LEAST_SHARE = tl.constexpr(0.25)  # of its tile, that a token has to have to be computed alone
-PIECES_LOG2 = tl.constexpr(5.0)  # no skipped tile is heavier than the budget / 2**5
-SMALLEST_LOG2 = tl.constexpr(-40.0)  # lighter tiles than 2**-40 are all the same
+PIECES_LOG2 = tl.constexpr(6.0)  # of no tile more than the budget / 2**6 is approximated
+SMALLEST_LOG2 = tl.constexpr(-40.0)  # rests below 2**-40 are all the same
 BISECTIONS = tl.constexpr(12)  # they find the threshold to a factor of 2**(40 / 2**12)
 
 
@@ -60,18 +61,18 @@ def active_kernel(
     packed = tl.load(tile_top + offsets, mask=mask, other=0)
     share = number_of(packed, TILE_WIDTH)
     stands_out = (mass >= lightest_top) & (share >= LEAST_SHARE)
-    approximated = tl.where(stands_out, mass * (1.0 - share), mass)
+    rest = tl.where(stands_out, mass * (1.0 - share), mass)
 
     low = tl.full((ROWS,), SMALLEST_LOG2, dtype=tl.float32)
     high = tl.zeros((ROWS,), dtype=tl.float32) + (tl.log2(budget) - PIECES_LOG2)
     for _ in range(BISECTIONS):
         middle = 0.5 * (low + high)
-        skipped = tl.sum(tl.where(mass < tl.exp2(middle)[None, :], approximated, 0.0), 0)
+        skipped = tl.sum(tl.where(rest < tl.exp2(middle)[None, :], rest, 0.0), 0)
         fits = skipped <= budget
         low = tl.where(fits, middle, low)
         high = tl.where(fits, high, middle)
     has_gradient = tl.load(grad_lse + rows, mask=row_mask, other=0.0) != 0.0
-    selected = (mass >= tl.exp2(low)[None, :]) & has_gradient[None, :]
+    selected = (rest >= tl.exp2(low)[None, :]) & has_gradient[None, :]
     if HAS_TARGET:
         targets = tl.load(target + rows, mask=row_mask, other=0)
         picks = tl.load(grad_picked + rows, mask=row_mask, other=0.0) != 0.0

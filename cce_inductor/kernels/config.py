@@ -52,7 +52,7 @@ class ProductConfig:
 
 
 INTERPRETER_PRODUCT = ProductConfig(16, 16, 8, 16, 16, 8)
-HOPPER_PRODUCT = ProductConfig(128, 256, 64, 64, 256, 32)
+HOPPER_PRODUCT = ProductConfig(128, 256, 64, 64, 256, 64)
 AMPERE_PRODUCT = ProductConfig(128, 128, 32, 64, 128, 32)
 
 

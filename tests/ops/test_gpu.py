@@ -306,7 +306,9 @@ def test_gradients_from_kept_logits_are_no_worse_than_eagers(shape, lead, how):
     rounding = 2.0**-9  # of dz and of a result, where eager's are next to exact: uniform rows
     for mine, theirs, right in zip(ours[1:], eagers[1:], exact[1:], strict=True):
         assert (mine.double() - right).norm() <= (theirs.double() - right).norm() + rounding * right.norm()
-    assert abs(ours[0] - exact[0]) <= abs(eagers[0] - exact[0]) + 2**-16 * exact[0].abs() + 1e-5
+    # a loss is the difference of two logits of about `lead + 5`, and tensor cores cut off after each 16 products
+    cut_off = sizes[2] / 16 * torch.finfo(FP32).eps * (lead + 5)
+    assert abs(ours[0] - exact[0]) <= abs(eagers[0] - exact[0]) + 2**-16 * exact[0].abs() + cut_off
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)

@@ -233,9 +233,10 @@ def of_masses(masses, share=0.0):
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_many_light_tiles_are_skipped_to_within_the_budget(mass, share):
     """Each of them is light enough, and all of them together are too heavy. Of tops only the rest counts."""
-    light, rows = 150, 8
+    light, rows = 200, 8
     case = make(rows, (light + 1) * TILE_WIDTH, 1)
-    shares = torch.rand(light, rows, generator=torch.Generator().manual_seed(0)) * mass / 32
+    rests = torch.rand(light, rows, generator=torch.Generator().manual_seed(0)) * mass / 64
+    shares = rests / (1 - share)
     shares = torch.cat([shares, 1 - shares.sum(0, keepdim=True)])
     gradients = torch.ones(rows), torch.zeros(rows)
     problem = case.problem(approximate_mass=mass)
@@ -245,6 +246,19 @@ def test_many_light_tiles_are_skipped_to_within_the_budget(mass, share):
     skipped = torch.where(active, 0.0, torch.where(tops, (1 - share) * shares, shares)).sum(0)
     assert (skipped <= mass * (1 + 1e-5)).all()
     assert (skipped > 0.9 * mass).all()
+
+
+@pytest.mark.parametrize(("share", "needed"), [(0.0, True), (0.5, True), (0.99, False)])
+def test_a_heavy_tile_that_is_nearly_one_token_needs_only_that(share, needed):
+    """Half of the budget in one tile, of which at most a 64th may be approximated."""
+    mass = 2**-3
+    case = make(1, 2 * TILE_WIDTH, 1)
+    masses = torch.tensor([[1 - mass / 2], [mass / 2]])
+    gradients = torch.ones(1), torch.zeros(1)
+    pairs = all_active(case.problem(approximate_mass=mass), torch.zeros(1), of_masses(masses, share), gradients)
+    active, tops = active_and_tops(pairs)
+    assert active[1].item() == needed
+    assert tops[1].item() != needed
 
 
 @pytest.mark.parametrize(("weight", "share", "computed"), [(1.0, 0.5, True), (1.0, 0.1, False), (0.1, 0.5, False)])
