@@ -179,6 +179,13 @@ FAULTS = [
         ATEN,
     ),
     Fault(
+        "aten: a row's gradient of the picked logit in blocks without it",
+        "ops/cpu.py",
+        "torch.where(inside, sums, dx.gather(1, index))",
+        "sums",
+        ATEN,
+    ),
+    Fault(
         "ATen: rounding of the log-sum-exp is lost",
         "ops/cpu.py",
         "log_sum - (lse - peak), 0.0",

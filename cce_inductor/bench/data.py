@@ -30,8 +30,6 @@ K = 128, tail 1) and V = 32768:
     | mass in the 64, 512, 4096 first ids                      | 0.33 0.59 0.84  | 0.38 0.59 0.77   |
     | variance of a logit: between tokens, rest                | 0.7, 2.4        | 0.4, 1.6         |
     | (row, 256 ids) pairs needed at 2^-2, 2^-3, 2^-4, 2^-5    | .22 .32 .43 .53 | .30 .43 .54 .63  |
-    | error of the weight's gradient at 2^-4, median of a row  | 1.1e-3, 0.025   | 0.8e-3, 0.015    |
-    | error of the hidden states' gradient at 2^-4             | 1.2e-3          | 3.7e-3           |
 
 So they are harder to approximate than the real head is. Not matched: the count above 2^-12 ends at about K, where real
 rows reach 400; a row has one topic; a real model is overconfident: its targets rank a little lower.

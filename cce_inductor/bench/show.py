@@ -108,11 +108,17 @@ def new_figure(panels: int) -> tuple[Any, Any]:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, panels, figsize=(5.5 * panels, 4.6), layout="constrained", squeeze=False)
-    for axis in axes[0]:
+    columns = 2 if panels in (2, 4) else min(panels, 3)
+    lines = -(-panels // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(5.5 * columns, 4.6 * lines), layout="constrained", squeeze=False
+    )
+    for axis in axes.flat[panels:]:
+        axis.remove()
+    for axis in axes.flat[:panels]:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
-    return figure, axes[0]
+    return figure, axes.flat[:panels]
 
 
 def color_of(method: str) -> str:
@@ -135,7 +141,8 @@ def draw(rows: list[Row], about: dict[str, str], path: Path) -> None:
             axis.annotate(
                 row["method"], (row["peak_mib"], row["both_ms"]), xytext=(5, 3), textcoords="offset points", fontsize=8
             )
-        axis.set(title=title, xlabel="peak memory above the inputs (MiB)", ylabel="ms", xscale="log", ylim=(0, None))
+        axis.set(title=title, xlabel="peak memory above the inputs (MiB)", ylabel="ms", xscale="log")
         axis.title.set_size(9)
-        axis.margins(x=0.25)
+        axis.margins(x=0.25, y=0.1)
+        axis.set_ylim(bottom=0)
     figure.savefig(path, dpi=150)

@@ -262,10 +262,13 @@ def gradient_of(problem: Problem, lse: Tensor, grads: RowGradients, kept: KeptLo
         place = dz if dz.dtype == x.dtype else spare
         log_p = torch.sub(x, lse[rows].unsqueeze(1), out=place)
         scale = grad_lse[rows] if grads.entropy is None else _with_entropy(log_p, grads, rows)
-        dx = log_p.exp_().mul_(scale)
-        if problem.target is not None:
+        if problem.target is None:
+            dx = log_p.exp_().mul_(scale)
+        else:
             index, inside = _in_block(problem.target[rows], columns, problem.ignore_index)
-            dx.scatter_add_(1, index, torch.where(inside, grad_picked[rows], 0.0))
+            log_picked = log_p.gather(1, index)
+            dx = log_p.exp_().mul_(scale)
+            _add_picked(dx, log_picked, scale, grad_picked[rows], index, inside)
         if grads.maximum is not None and grads.argmax is not None:
             index, inside = _in_block(grads.argmax[rows], columns)
             dx.scatter_add_(1, index, torch.where(inside, grads.maximum[rows].unsqueeze(1), 0.0))
@@ -280,6 +283,21 @@ def gradient_of(problem: Problem, lse: Tensor, grads: RowGradients, kept: KeptLo
             dz.copy_(dx)
 
     return fill
+
+
+def _add_picked(
+    dx: Tensor, log_picked: Tensor, scale: Tensor, grad_picked: Tensor, index: Tensor, inside: Tensor
+) -> None:
+    """Adds the gradients of picked logits to dx = p * scale, at the places `index` [rows, K] where `inside` holds.
+
+    A certain row's p * scale + grad_picked is nothing but what p lacks of 1, which rounding takes from p.
+    """
+    if index.shape[1] > 1:  # of which several may be the same
+        dx.scatter_add_(1, index, torch.where(inside, grad_picked, 0.0))
+        return
+    here = scale.expand_as(dx).gather(1, index)
+    sums = log_picked.expm1_().mul_(here).add_(here + grad_picked)
+    dx.scatter_(1, index, torch.where(inside, sums, dx.gather(1, index)))
 
 
 def _with_entropy(log_p: Tensor, grads: RowGradients, rows: slice) -> Tensor:
