@@ -108,7 +108,7 @@ def new_figure(panels: int) -> tuple[Any, Any]:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    columns = 2 if panels in (2, 4) else min(panels, 3)
+    columns = 2 if panels == 4 else min(panels, 3)
     lines = -(-panels // columns)
     figure, axes = plt.subplots(
         lines, columns, figsize=(5.5 * columns, 4.6 * lines), layout="constrained", squeeze=False

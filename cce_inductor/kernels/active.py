@@ -1,4 +1,4 @@
-"""Which (row, vocabulary tile) pairs matter: all but the lightest tiles of a row, up to a budget of its probability.
+"""Which (row, vocabulary tile) pairs matter: all but those that leave the least to be approximated, up to a budget.
 
     mass[j, n]   = sum over v in tile j of p[n, v] = exp(tile_lse[j, n] - lse[n])
     top[j, n]    = max over v in tile j of p[n, v] where that and mass[j, n] are large enough, else 0

@@ -37,7 +37,7 @@ def activity(hidden: Tensor, weight: Tensor, target: Tensor, approximate_mass: f
     capability = device_properties(hidden.device)[0]
     config, part = tile_config(capability, backward=True), product_config(capability).part
     active = Active.of(problem, results.lse, results.tiles, grad, -grad, config.block_v, part)
-    dense, own, tops = (part.sum().item() for part in active.pairs.split([1, tiles, tiles]))
+    dense, own, tops = (pairs.sum().item() for pairs in active.pairs.split([1, tiles, tiles]))
     slots = -(-active.counts[: 1 + tiles] // config.block_n)
     blocks = (slots[1:].sum() + slots[0] * tiles).item()
     of_all = 1 / (tiles * rows)

@@ -41,7 +41,7 @@ def supported(problem: Problem) -> bool:
     return problem.compute_dtype in dtypes and not problem.several_targets and not empty
 
 
-def kept_tiles(
+def recorded_tiles(
     device: torch.device, vocab_size: int, compute_dtype: torch.dtype, want_total: bool, approximate_mass: float
 ) -> int:
     """Of how many tiles the forward keeps records for the backward; of none unless that may be sparse."""
@@ -71,20 +71,20 @@ def kind(problem: Problem) -> Hashable:
     return problem.logit_map, problem.compute_dtype, problem.hidden.device
 
 
-def _kept_tiles(problem: Problem) -> int:
+def _recorded_tiles(problem: Problem) -> int:
     device, dtype = problem.hidden.device, problem.compute_dtype
-    return kept_tiles(device, problem.vocab_size, dtype, problem.want_total, problem.approximate_mass)
+    return recorded_tiles(device, problem.vocab_size, dtype, problem.want_total, problem.approximate_mass)
 
 
 def may_skip(problem: Problem) -> bool:
     """Whether the backward for hidden states and weight is sparse."""
-    return _kept_tiles(problem) > 0 and sparse.worthwhile(problem, [True, True, False])
+    return _recorded_tiles(problem) > 0 and sparse.worthwhile(problem, [True, True, False])
 
 
 def _aten_forward(problem: Problem) -> Reductions:
     """Of tiles it knows nothing; infinite ones make an approximate backward skip none."""
     assert_targets(problem)
-    tiles = problem.tiles(_kept_tiles(problem))
+    tiles = problem.tiles(_recorded_tiles(problem))
     return cpu.forward(problem)._replace(tile_lse=tiles.lse.fill_(float("inf")), tile_top=tiles.top.zero_())
 
 
@@ -93,7 +93,7 @@ def reduce(problem: Problem, kept: KeptTiles | None = None) -> Reductions:
     rows, every_row = _Rows.of(problem), slice(0, problem.num_rows)
     launch = Launch(problem, forward_config(problem), hidden=rows.hidden)
     tiles = -(-problem.vocab_size // launch.config.block_v)
-    results = _TileResults.allocate(problem, tiles, _kept_tiles(problem) > 0)
+    results = _TileResults.allocate(problem, tiles, _recorded_tiles(problem) > 0)
     slices, parts = _forward_slices(problem), (kept or KeptTiles()).parts
     for columns, place in itertools.chain.from_iterable(parts(every_row, part) for part in slices):
         launch(

@@ -16,11 +16,10 @@ The coefficients get no gradient.
 `reference.py` says what is computed. `logit_map` is the text of a `LogitMap`. `compute_dtype` is what the operands of
 the matmuls are cast to (autocast: a float32 parameter with bfloat16 arithmetic), while gradients come back in each
 input's own dtype. `want_total` asks for the third result, which is zero otherwise, `want_max` for maximum and argmax,
-`want_entropy` for the entropy, which are empty otherwise. `workspace_mib` bounds the scratch
-memory of the backward. `approximate_mass` is how much of each row's probability gradients may approximate, 0 for
-exact ones. `tile_lse` and `tile_top` are what the forward hands to an approximate backward, where there is one,
-else empty. With
-`skip_ignored` nobody reads results but picked of rows whose target is `ignore_index`: they may be anything but nan.
+`want_entropy` for the entropy, which are empty otherwise. `workspace_mib` bounds the scratch memory of the backward.
+`approximate_mass` is how much of each row's probability gradients may approximate, 0 for exact ones. `tile_lse` and
+`tile_top` are what the forward hands to an approximate backward, where there is one, else empty. With `skip_ignored`
+nobody reads results but picked of rows whose target is `ignore_index`: they may be anything but nan.
 `lse_rest` is what rounding took from lse: a log-probability is picked - lse - lse_rest. It has no gradient. In a
 row with a nan or +inf logit lse is nan, as the log-softmax of such a row is.
 """
@@ -175,7 +174,7 @@ def _forward_fake(
 ) -> Reductions:
     check(hidden, weight, bias, target, total_weight, compute_dtype)
     LogitMap.parse(logit_map)
-    tiles = cuda.kept_tiles(hidden.device, weight.shape[0], compute_dtype, want_total, approximate_mass)
+    tiles = cuda.recorded_tiles(hidden.device, weight.shape[0], compute_dtype, want_total, approximate_mass)
     rows, sums = hidden.shape[0], accumulate_dtype(compute_dtype)
 
     def vector(wanted: bool = True, dtype: torch.dtype = sums) -> Tensor:

@@ -142,7 +142,7 @@ def test_after_a_forward_through_aten_a_sparse_backward_skips_nothing(monkeypatc
     case.grads[0] = case.grads[0].masked_fill(case.targets == 3, 0.0)  # of an ignored row
     problem = case.problem(approximate_mass=0.5)
     monkeypatch.setattr(sparse, "LEAST_FLOPS", 0)
-    monkeypatch.setattr(cuda, "kept_tiles", lambda *_: 4)
+    monkeypatch.setattr(cuda, "recorded_tiles", lambda *_: 4)
     monkeypatch.setattr(cuda, "forward_kernel", Broken(OF_THE_MACHINE["compilation"]))
     with pytest.warns(RuntimeWarning, match="the Triton forward"):
         lse, *_, tile_lse, tile_top = cuda.forward(problem)

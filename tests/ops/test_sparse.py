@@ -204,7 +204,7 @@ def test_the_forward_records_the_heaviest_token_of_each_tile(rows, vocab, logit_
     case = make(rows, vocab, 16, logit_map=logit_map, bias=bias, seed=seed, ignore_index=-1)
     problem = case.problem(approximate_mass=2**-5)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda, "kept_tiles", lambda *_: -(-vocab // TILE_WIDTH))
+        patch.setattr(cuda, "recorded_tiles", lambda *_: -(-vocab // TILE_WIDTH))
         tiles = cuda.forward(problem).tiles
     wanted = recorded(case, problem)
     # of two tokens that are equally heavy either may be found, and the place takes five bits
