@@ -5,14 +5,20 @@ eager   what PyTorch computes in the problem's dtype, logits and all
 ours    an implementation of the operators
 """
 
+import os
 from dataclasses import dataclass, field, replace
 
+import pytest
 import torch
 import torch.nn.functional as F
 
 from cce_inductor.logit_map import LogitMap
 from cce_inductor.ops import reference
 from cce_inductor.ops.problem import Problem, RowGradients
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+NOT_INTERPRETED = "there is a GPU, so Triton compiles: tests/ops/test_gpu.py runs the kernels on it"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason=NOT_INTERPRETED)
 
 MAPS = ("z", "0.5*z", "z/3.0 + 0.25", "5.0*tanh(z/5.0)", "2.0*sigmoid(z)", "tanh(0.5*z) + 0.1*z")
 

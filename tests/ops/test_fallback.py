@@ -1,7 +1,6 @@
 """Where an implementation can't run on this machine, the next one does, with one warning and right results."""
 
 import contextlib
-import os
 import warnings
 import weakref
 
@@ -14,7 +13,7 @@ from triton.runtime.errors import InterpreterError, OutOfResources, PTXASError
 from cce_inductor.ops import cpu, cuda, fallback, in_forward, sparse
 from cce_inductor.ops.problem import RowGradients, Tiles
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs in Triton's interpreter")
+pytestmark = cases.interpreted
 
 OF_THE_MACHINE = {
     "compilation": CompilationError("def kernel(): pass", None, "broken on purpose"),

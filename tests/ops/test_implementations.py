@@ -1,7 +1,5 @@
 """Both implementations against the float64 specification, on problems of every shape; Triton in its interpreter."""
 
-import os
-
 import cases
 import pytest
 import torch
@@ -14,14 +12,13 @@ from cce_inductor.ops import cpu, cuda
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 IMPLEMENTATIONS = {"aten": cpu, "triton": cuda}
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(params=IMPLEMENTATIONS, scope="module")
 def implementation(request):
-    if request.param == "triton" and not INTERPRETED:
-        pytest.skip("there is a GPU, so Triton compiles: tests/ops/test_gpu.py runs the kernels on it")
+    if request.param == "triton" and not cases.INTERPRETED:
+        pytest.skip(cases.NOT_INTERPRETED)
     return IMPLEMENTATIONS[request.param]
 
 

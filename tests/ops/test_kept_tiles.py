@@ -1,7 +1,6 @@
 """`scaled_loss` through Triton's interpreter, where logits stay in free memory: against float64 and eager."""
 
 import contextlib
-import os
 
 import cases
 import pytest
@@ -18,7 +17,6 @@ from cce_inductor.ops.kept_tiles import KeptTiles
 from cce_inductor.ops.library import scaled_loss
 from cce_inductor.ops.problem import MIB, Problem, spans
 
-interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="on a GPU test_gpu.py runs them")
 # the interpreter meets nan and infinity with numpy's warnings
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -152,7 +150,7 @@ def test_the_share_of_large_heads(vocab, width, share, monkeypatch):
 # ----------------------------------------------------------------------------------------------------------- results
 
 
-@interpreted
+@cases.interpreted
 @settings(max_examples=40)
 @given(
     rows=st.integers(1, 37),
@@ -184,7 +182,7 @@ def test_it_is_no_worse_than_eager(rows, vocab, width, dtypes, logit_map, bias, 
 ROWS = {"uniform": 0.0, "soft": 6.0, "certain": 18.0}  # how much larger than others the logit of a target is
 
 
-@interpreted
+@cases.interpreted
 @pytest.mark.parametrize("logit_map", ["z", "30.0*tanh(z/30.0)", "-1.0*z"])
 @pytest.mark.parametrize("lead", ROWS.values(), ids=ROWS)
 def test_rows_are_no_less_exact_the_more_certain_they_are(lead, logit_map):
@@ -202,7 +200,7 @@ def test_rows_are_no_less_exact_the_more_certain_they_are(lead, logit_map):
         assert mine <= theirs + 2**-8 * exact  # the interpreter cuts off dz where it rounds to bfloat16
 
 
-@interpreted
+@cases.interpreted
 @pytest.mark.parametrize("workspace", WORKSPACES)
 @pytest.mark.parametrize("bias", [False, True])
 def test_what_is_stored_is_what_is_read(workspace, bias):
@@ -220,7 +218,7 @@ def test_what_is_stored_is_what_is_read(workspace, bias):
     assert len(kept["forward_kernel"]) >= 333 - TILE  # wider than there are rows
 
 
-@interpreted
+@cases.interpreted
 @pytest.mark.parametrize("ignored", [slice(0, 0), slice(0, 30), slice(5, 6), slice(25, 50), slice(0, 50)], ids=str)
 @pytest.mark.parametrize("workspace", [3000, MIB])
 def test_nothing_is_read_that_was_not_written(ignored, workspace):
@@ -241,7 +239,7 @@ def test_nothing_is_read_that_was_not_written(ignored, workspace):
     assert results[1][ignored].count_nonzero() == 0
 
 
-@interpreted
+@cases.interpreted
 def test_results_are_the_same_bits_every_run():
     problem = make(40, 300, 24, BF16)
     with workspace_of(10_000):
@@ -249,7 +247,7 @@ def test_results_are_the_same_bits_every_run():
     assert all(map(torch.equal, first, second))
 
 
-@interpreted
+@cases.interpreted
 @pytest.mark.parametrize("needs_grad", [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)])
 def test_only_the_gradients_asked_for_are_computed(needs_grad):
     """Without the weight's, the workspace alone keeps logits: another rounding."""
@@ -266,7 +264,7 @@ def test_only_the_gradients_asked_for_are_computed(needs_grad):
             torch.testing.assert_close(mine, theirs, rtol=2**-7, atol=2**-7 * theirs.abs().max().item())
 
 
-@interpreted
+@cases.interpreted
 def test_no_logit_is_rounded_where_the_map_has_a_kink():
     problem = make(20, 333, 24, BF16, logit_map=KINKED)
     with workspace_of(10_000), launches() as seen:
@@ -274,7 +272,7 @@ def test_no_logit_is_rounded_where_the_map_has_a_kink():
     assert not any(kept for *_, kept in seen)
 
 
-@interpreted
+@cases.interpreted
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("where", ["hidden", "bias"])
 def test_what_is_not_finite_spreads_as_in_eager(value, where):
@@ -286,7 +284,7 @@ def test_what_is_not_finite_spreads_as_in_eager(value, where):
         assert not mine.isfinite()[~theirs.isfinite()].any()
 
 
-@interpreted
+@cases.interpreted
 def test_a_bias_of_minus_infinity_removes_classes():
     """Whole tiles of them; the rest is as if there were no others."""
     leaves, target, coefficient, options = make(20, 300, 24, BF16)
@@ -300,7 +298,7 @@ def test_a_bias_of_minus_infinity_removes_classes():
     assert grad_weight[50:].count_nonzero() == grad_bias[50:].count_nonzero() == 0
 
 
-@interpreted
+@cases.interpreted
 def test_logits_of_any_size_are_kept():
     """Differences far beyond what float16 holds, between logits that a map makes small."""
     leaves, target, coefficient, options = make(20, 300, 24, BF16, logit_map="z/100000.0", bias=False)
@@ -312,7 +310,7 @@ def test_logits_of_any_size_are_kept():
         assert mine <= theirs + 2**-8 * exact
 
 
-@interpreted
+@cases.interpreted
 @pytest.mark.parametrize("kernel", ["forward_kernel", "picked_kernel", "targets_kernel", "gradient_kernel"])
 def test_a_kernel_that_cannot_run_is_replaced(kernel, monkeypatch):
     problem = make(20, 100, 24, BF16)

@@ -1,7 +1,6 @@
 """How much memory a call takes at its peak, beyond its operands: never more than ARCHITECTURE.md says."""
 
 import gc
-import os
 from dataclasses import replace
 
 import cases
@@ -177,7 +176,7 @@ def test_on_a_gpu(size, workspace, mass, skip_ignored, monkeypatch):
     assert_within_bounds("cuda", size, workspace * MIB, mass, skip_ignored, torch.bfloat16)
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="there is a GPU, so Triton compiles")
+@cases.interpreted
 @pytest.mark.parametrize("workspace", [1, 1 << 14])
 @pytest.mark.parametrize("size", [(70, 200, 24)], ids=str)
 def test_the_kernels_in_the_interpreter(size, workspace):
@@ -193,7 +192,7 @@ def test_of_a_loss_with_its_gradients_on_a_gpu(size, workspace, bias):
     assert_kept_within_bounds("cuda", size, workspace * MIB, bias, torch.bfloat16)
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="there is a GPU, so Triton compiles")
+@cases.interpreted
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("workspace", [1, 1 << 14])
 def test_of_a_loss_with_its_gradients_in_the_interpreter(workspace, bias):

@@ -1,11 +1,10 @@
 """The sparse backward: exact where it may skip nothing, and what it skips is put back."""
 
 import itertools
-import os
 
 import pytest
 import torch
-from cases import MAPS, Case, assert_no_worse, eager, exact, uncertainty
+from cases import INTERPRETED, MAPS, NOT_INTERPRETED, Case, assert_no_worse, eager, exact, uncertainty
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,10 +15,8 @@ from cce_inductor.ops.row_lists import Active, RowLists, Skipped
 
 TILE_ROWS, TILE_WIDTH, PART = 16, 32, 16  # of the interpreter's tiles
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip(
-        "there is a GPU, so Triton compiles: tests/ops/test_gpu.py runs the kernels on it", allow_module_level=True
-    )
+if not INTERPRETED:
+    pytest.skip(NOT_INTERPRETED, allow_module_level=True)
 
 
 @pytest.fixture(autouse=True)
