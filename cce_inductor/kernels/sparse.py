@@ -4,7 +4,7 @@
     grad_weight[v] += sum over n of dz[n, v] * hidden[n]
     grad_hidden[n] += sum over v of dz[n, v] * weight[v] + sum over tiles: skipped_mass[tile, n] * skipped_weight[tile]
 
-What other kernels put there before is what is not listed: the heaviest tokens (`kernels/top_gradient.py`), and the
+What other kernels put there before is what is not listed: tokens computed alone (`kernels/top_gradient.py`), and the
 others by their probability mass in the tile, whose place within it is taken to be `share`, the same for all rows. One
 kernel computes dz of a round, block by block, into the workspace; then one kernel for each gradient multiplies. A block
 of grad_weight is owned by one program, which adds in a fixed order. To grad_hidden many tiles add at once: in fixed
