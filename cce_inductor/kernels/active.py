@@ -24,7 +24,7 @@ from .tops import column_of, number_of
 LEAST_SHARE = tl.constexpr(0.25)  # of its tile, that the heaviest token has to have to be computed alone
 PIECES_LOG2 = tl.constexpr(6.0)  # of no tile more than the budget / 2**6 is approximated
 SMALLEST_LOG2 = tl.constexpr(-40.0)  # rests below 2**-40 are all the same
-BISECTIONS = tl.constexpr(12)  # they find the threshold to a factor of 2**(40 / 2**12)
+BISECTIONS = tl.constexpr(9)  # they find the threshold to a factor of 2**(40 / 2**9)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_tiles", "ignore_index"])
