@@ -1,4 +1,4 @@
-"""The target's logit of each row, one dot product a row:
+"""The logit of each target, one dot product for each, here of one target a row:
 
     picked[n] = f(hidden[n] . weight[target[n]] + bias[target[n]])          0 where target[n] == ignore_index
 
@@ -17,9 +17,10 @@ def picked_kernel(
     hidden,  # [N, D], in the dtype of the matmuls
     weight,  # [V, D], in its own dtype
     bias,  # [V]
-    target,  # [N]
+    target,  # [N, num_targets]
     lse,  # [N]
-    picked,  # [N]
+    picked,  # [N, num_targets]
+    num_targets,  # of each row
     width,
     ignore_index,
     stride_hn,
@@ -31,8 +32,9 @@ def picked_kernel(
     HAS_IGNORE_INDEX: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.load(target + row)  # 64-bit, as targets are
+    pick = tl.program_id(0).to(tl.int64)
+    row = pick // num_targets
+    column = tl.load(target + pick)  # 64-bit, as targets are
     counts = True
     if HAS_IGNORE_INDEX:
         counts = column != ignore_index
@@ -47,4 +49,4 @@ def picked_kernel(
     if HAS_BIAS:
         z += tl.load(bias + column).to(tl.float32)
     x = tl.minimum(VALUE(z), tl.load(lse + row))
-    tl.store(picked + row, tl.where(counts, x, 0.0))
+    tl.store(picked + pick, tl.where(counts, x, 0.0))
