@@ -87,6 +87,27 @@ FAULTS = [
         TRITON,
     ),
     Fault(
+        "several targets: of those of a row in a tile only the first has its gradient",
+        "kernels/several_targets.py",
+        "range(tl.max(end - begin, 0))",
+        "range(tl.minimum(tl.max(end - begin, 0), 1))",
+        TRITON,
+    ),
+    Fault(
+        "several targets: their gradients in the order of the targets as given",
+        "ops/cuda.py",
+        "picked=grads.picked.gather(1, order)",
+        "picked=grads.picked",
+        TRITON,
+    ),
+    Fault(
+        "several targets: only the first of each row is checked",
+        "ops/cuda.py",
+        "num_rows=problem.target.numel()",
+        "num_rows=problem.num_rows",
+        "tests/ops/test_bad_input.py",
+    ),
+    Fault(
         "picked: above the log-sum-exp",
         "kernels/picked.py",
         "tl.minimum(VALUE(z), tl.load(lse + row))",
