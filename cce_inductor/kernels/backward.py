@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .kept import load_logits
 from .pointwise import LEAST_LOG, exp_of_difference
-from .several_targets import add_run, run_in_tile
+from .several_targets import add_targets
 from .tile import position_in_tile, preactivations, tile_position
 
 
@@ -53,8 +53,8 @@ def gradient_kernel(
     stride_kept_base,
     VALUE_AND_SLOPE: tl.constexpr,  # the generated function (f, f')
     HAS_BIAS: tl.constexpr,
-    HAS_TARGET: tl.constexpr,
-    SEARCH_STEPS: tl.constexpr,  # among several targets of a row: `several_targets.py`; 0 for one target
+    HAS_TARGET: tl.constexpr,  # one in each row
+    SEARCH_STEPS: tl.constexpr,  # among several in each row: `several_targets.py`; else 0
     HAS_IGNORE_INDEX: tl.constexpr,
     WANT_TOTAL: tl.constexpr,
     HAS_TOTAL_WEIGHT: tl.constexpr,
@@ -80,11 +80,7 @@ def gradient_kernel(
         column_mask = columns < num_columns
         row_lse = tl.load(lse + rows, mask=row_mask, other=0.0)
         row_grad = tl.load(grad_lse + rows, mask=row_mask, other=0.0)
-        if SEARCH_STEPS:
-            begin, end = run_in_tile(
-                target, rows, row_mask, first_column + column, num_targets, SEARCH_STEPS, BLOCK_V
-            )  # fmt: skip
-        elif HAS_TARGET:
+        if HAS_TARGET:
             targets = tl.load(target + rows, mask=row_mask, other=-1)
             position, inside = position_in_tile(targets, first_column + column, ignore_index, HAS_IGNORE_INDEX, BLOCK_V)
             target_grad = tl.load(grad_picked + rows, mask=row_mask & inside, other=0.0)
@@ -109,12 +105,12 @@ def gradient_kernel(
             dx = exp_of_difference(x, row_lse) * scale
         else:
             dx = exp_of_difference(x, row_lse) * row_grad[:, None]
-        if SEARCH_STEPS:
-            dx = add_run(
-                dx, target, grad_picked, rows, begin, end, first_column + column, ignore_index, num_targets,
-                HAS_IGNORE_INDEX, BLOCK_V,
+        if SEARCH_STEPS > 0:
+            dx = add_targets(
+                dx, target, grad_picked, rows, row_mask, first_column + column, num_targets, ignore_index,
+                HAS_IGNORE_INDEX, SEARCH_STEPS, BLOCK_V,
             )  # fmt: skip
-        elif HAS_TARGET:  # noqa: SIM102 (known when the kernel is compiled, holds_targets is not)
+        if HAS_TARGET:  # noqa: SIM102 (known when the kernel is compiled, holds_targets is not)
             if holds_targets:
                 hit = tl.arange(0, BLOCK_V)[None, :] == position[:, None]
                 dx += tl.where(hit, target_grad[:, None], 0.0)

@@ -1,4 +1,4 @@
-"""The logit of each target, one dot product for each, here of one target a row:
+"""The logit of each target, one dot product for each; where rows have one target,
 
     picked[n] = f(hidden[n] . weight[target[n]] + bias[target[n]])          0 where target[n] == ignore_index
 

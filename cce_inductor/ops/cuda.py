@@ -290,8 +290,8 @@ def gradient_of(problem: Problem, lse: Tensor, grads: RowGradients, kept: KeptTi
     anew = Launch(problem, tile_config(capability, backward=True), problem.hidden)
     from_kept = Launch(problem, kept_config(capability), problem.hidden)
     parts = (kept or KeptTiles()).parts
-    targets = problem.target
-    if targets is not None and problem.targets_per_row > 1:  # `kernels/several_targets.py`
+    targets, several = problem.target, problem.targets_per_row > 1
+    if targets is not None and several:
         targets, order = targets.sort(dim=1, stable=True)
         grads = grads._replace(picked=grads.picked.gather(1, order))
 
@@ -330,8 +330,8 @@ def gradient_of(problem: Problem, lse: Tensor, grads: RowGradients, kept: KeptTi
             dz=dz,
             tile_bias=tile_bias,
             VALUE_AND_SLOPE=template.load(problem.logit_map).value_and_slope,
-            HAS_TARGET=targets is not None,
-            SEARCH_STEPS=problem.targets_per_row.bit_length() if problem.targets_per_row > 1 else 0,
+            HAS_TARGET=problem.targets_per_row == 1,
+            SEARCH_STEPS=problem.targets_per_row.bit_length() if several else 0,
             WANT_BIAS=grad_bias is not None,
             HAS_MAXIMUM=here.maximum is not None,
             HAS_ENTROPY=here.entropy is not None,
