@@ -108,6 +108,13 @@ FAULTS = [
         "tests/ops/test_bad_input.py",
     ),
     Fault(
+        "several targets: taken by the sparse backward",
+        "ops/sparse.py",
+        "not problem.several_targets and problem.logit_map",
+        "problem.logit_map",
+        "tests/ops/test_sparse.py -k several",
+    ),
+    Fault(
         "picked: above the log-sum-exp",
         "kernels/picked.py",
         "tl.minimum(VALUE(z), tl.load(lse + row))",
