@@ -22,8 +22,9 @@ class Options:
         loss. 0 rewrites every problem.
     min_flops: the fewest floating-point operations of the logits, 2 N V D, worth rewriting on a GPU in 16 bits. Below,
         or with fewer than 2048 rows, torch.compile's loss is faster. 0 rewrites every problem.
-    workspace_mib: scratch memory of the backward in MiB. More makes it faster up to a point. ARCHITECTURE.md has the
-        formula of the peak.
+    workspace_mib: scratch memory of the backward in MiB. More makes it faster up to a point. None is 256, or on a GPU,
+        where gradients are exact and computed with the loss, as much as keeps the peak below half of torch.compile's
+        if that is more. ARCHITECTURE.md has the formula of the peak.
     approximate_mass: how much of each row's probability mass the backward may approximate, from 0 (exact gradients)
         to below 1. In bfloat16 and float16 on a GPU, and in bfloat16 on a CPU where the loss is the only one of its
         graph, it then skips the tiles of the softmax that matter least and puts their mass back as rows spread it on
@@ -43,7 +44,7 @@ class Options:
     min_vocab: int = 4096
     min_logits_bytes: int = 16 << 20
     min_flops: int = 10**12
-    workspace_mib: int = 256
+    workspace_mib: int | None = None
     on_refusal: OnRefusal = "log"
     logits: Logits = "lazy"
     approximate_mass: float = 2.0**-5
@@ -58,6 +59,8 @@ class Options:
         leasts = {"min_vocab": 0, "min_logits_bytes": 0, "min_flops": 0, "workspace_mib": 1, "verify": 0}
         for name, least in leasts.items():
             value = getattr(self, name)
+            if value is None and name == "workspace_mib":
+                continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"option {name} must be an int, got {value!r}")
             if value < least:

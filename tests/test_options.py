@@ -13,7 +13,7 @@ DEFAULTS = {
     "min_vocab": 4096,
     "min_logits_bytes": 16 << 20,
     "min_flops": 10**12,
-    "workspace_mib": 256,
+    "workspace_mib": None,
     "on_refusal": "log",
     "approximate_mass": 2**-5,
     "logits": "lazy",
@@ -37,9 +37,11 @@ def test_they_cannot_be_changed():
         Options().min_vocab = 3
 
 
-@pytest.mark.parametrize("name", ["min_vocab", "min_logits_bytes", "min_flops", "workspace_mib"])
 @pytest.mark.parametrize("value", [True, 1.5, "7", None, [1]], ids=repr)
+@pytest.mark.parametrize("name", ["min_vocab", "min_logits_bytes", "min_flops", "workspace_mib"])
 def test_numbers_must_be_ints(name, value):
+    if name == "workspace_mib" and value is None:  # it may be left open
+        return
     with pytest.raises(TypeError, match=f"option {name} must be an int, got"):
         Options(**{name: value})
 

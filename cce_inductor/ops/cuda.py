@@ -162,14 +162,15 @@ class _TileResults:
 
     def combined(self, problem: Problem) -> Reductions:
         """Of the whole vocabulary, but for picked; with the records of tiles where they are wanted."""
-        nothing, counts = problem.zeros(0), problem.counts
+        counts = problem.counts
 
         def counted(vector: Tensor, otherwise: float) -> Tensor:
             """What the kernel left out was never written."""
             return vector if counts is None else torch.where(counts, vector, otherwise)
 
         lse = torch.logsumexp(self.lse, 0)
-        total, maximum, argmax, entropy = torch.zeros_like(lse), nothing, nothing.long(), nothing
+        total, (picked, maximum, entropy) = torch.zeros_like(lse), (problem.zeros(0) for _ in range(3))
+        argmax = maximum.long()
         if self.total is not None:
             total = counted(self.total.sum(0), 0.0)
         if self.maximum is not None and self.argmax is not None:
@@ -182,7 +183,7 @@ class _TileResults:
             entropy = counted(_entropy(self.lse - lse, self.entropy), 0.0)
         lse = counted(lse, float("inf"))
         records = problem.tiles(0) if self.top is None else Tiles(self.lse, self.top)
-        return Reductions(lse, nothing, total, maximum, argmax, entropy, torch.zeros_like(lse), *records)
+        return Reductions(lse, picked, total, maximum, argmax, entropy, torch.zeros_like(lse), *records)
 
 
 def _entropy(log_mass: Tensor, tile_entropy: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import cpu, cpu_sparse, cuda, cuda_loss
+from . import cpu, cpu_sparse, cuda, cuda_loss, workspace
 from .blocks import Gradients, add_rows
 from .counted import counted_rows, spread, with_rows
 from .fallback import first_that_runs, smaller
@@ -36,6 +36,7 @@ def loss_and_gradients(
     problem: Problem, coefficient: Tensor, needs_grad: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, grad_hidden, grad_weight, grad_bias); gradients are empty where not needed."""
+    problem = workspace.for_loss_with_gradients(problem)
 
     def ways(name: str, compute: Callable) -> dict[str, Callable]:
         return {
@@ -77,14 +78,14 @@ def _loss_and_gradients(
     kept = KeptLogits.within(problem, group_rows, block_columns, workspace_bytes, room)
     scratch = cpu.Scratch(problem, block_rows, block_columns)
     fill = cpu.gradient_of(problem, lse, grads, kept, scratch)
-    workspace = problem.hidden.new_empty(block_rows, block_columns)
+    block = problem.hidden.new_empty(block_rows, block_columns)
     for rows in spans(problem.num_rows, max(1, group_rows)):
         results = cpu.reduce_rows(problem, rows, block_rows, block_columns, kept, scratch)
         lse[rows] = results.lse
         losses[rows] = results.lse - results.picked + results.lse_rest
         # exp(x - lse - lse_rest) without a pass over x
         grad_lse[rows] = coefficient[rows] * torch.exp(-results.lse_rest)
-        add_rows(problem, gradients, rows, workspace, fill)
+        add_rows(problem, gradients, rows, block, fill)
     loss = torch.where(counts, coefficient * losses, 0.0).sum()
     return loss, *gradients.results(problem)
 

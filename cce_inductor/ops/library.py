@@ -16,7 +16,8 @@ The coefficients get no gradient.
 `reference.py` says what is computed. `logit_map` is the text of a `LogitMap`. `compute_dtype` is what the operands of
 the matmuls are cast to (autocast: a float32 parameter with bfloat16 arithmetic), while gradients come back in each
 input's own dtype. `want_total` asks for the third result, which is zero otherwise, `want_max` for maximum and argmax,
-`want_entropy` for the entropy, which are empty otherwise. `workspace_mib` bounds the scratch memory of the backward.
+`want_entropy` for the entropy, which are empty otherwise. `workspace_mib` bounds the scratch memory of the backward;
+`workspace.py` says what None stands for.
 `approximate_mass` is how much of each row's probability gradients may approximate, 0 for exact ones. `tile_lse` and
 `tile_top` are what the forward hands to an approximate backward, where there is one, else empty. With `skip_ignored`
 nobody reads results but picked of rows whose target is `ignore_index`: they may be anything but nan.
@@ -43,7 +44,7 @@ NAMESPACE = "cce_inductor"
 _library = torch.library.Library(NAMESPACE, "DEF")
 _library.define(
     "vocab_reductions(Tensor hidden, Tensor weight, Tensor? bias, Tensor? target, Tensor? total_weight, *, "
-    "str logit_map, bool want_total, int? ignore_index, ScalarType compute_dtype, int workspace_mib, "
+    "str logit_map, bool want_total, int? ignore_index, ScalarType compute_dtype, int? workspace_mib, "
     "float approximate_mass=0.0, bool skip_ignored=False, bool want_max=False, bool want_entropy=False) "
     "-> (Tensor lse, Tensor picked, Tensor total, Tensor maximum, Tensor argmax, Tensor entropy, Tensor lse_rest, "
     "Tensor tile_lse, Tensor tile_top)"
@@ -52,14 +53,14 @@ _library.define(
     "vocab_reductions_backward(Tensor grad_lse, Tensor grad_picked, Tensor grad_total, Tensor? grad_maximum, "
     "Tensor? grad_entropy, Tensor argmax, Tensor entropy, Tensor lse, Tensor tile_lse, Tensor tile_top, "
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor? target, Tensor? total_weight, *, "
-    "str logit_map, bool want_total, int? ignore_index, ScalarType compute_dtype, int workspace_mib, "
+    "str logit_map, bool want_total, int? ignore_index, ScalarType compute_dtype, int? workspace_mib, "
     "bool[] needs_grad, float approximate_mass=0.0, bool skip_ignored=False, bool want_max=False, "
     "bool want_entropy=False) "
     "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
 )
 _library.define(
     "scaled_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor coefficient, *, str logit_map, "
-    "int? ignore_index, ScalarType compute_dtype, int workspace_mib, bool[] needs_grad, "
+    "int? ignore_index, ScalarType compute_dtype, int? workspace_mib, bool[] needs_grad, "
     "float approximate_mass=0.0) "
     "-> (Tensor loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
 )

@@ -21,7 +21,7 @@ def plan(
             torch.empty(rows, width, dtype=dtype, device=device),
             torch.empty(vocab_size, width, dtype=dtype, device=device),
             torch.empty(rows, dtype=torch.int64, device=device),
-            workspace_mib=1,
+            workspace_mib=None,
             approximate_mass=approximate_mass,
         )
     pays = pays_in_forward(device, dtype, approximate_mass, needs_grad_weight=True)

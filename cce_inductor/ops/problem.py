@@ -10,6 +10,7 @@ from torch import Tensor
 from ..logit_map import LogitMap
 
 MIB = 1 << 20
+DEFAULT_WORKSPACE_MIB = 256
 LEAST_LOG = -1000.0  # in no dtype has anything below it an exponential other than zero
 COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -79,6 +80,7 @@ class Problem:
     skip_ignored: bool = False  # nobody reads results but picked of rows whose target is ignore_index
     want_max: bool = False  # and argmax
     want_entropy: bool = False
+    may_take_more: bool = False  # memory than workspace_bytes, where that is worth it: `workspace.py`
     level: Tensor | None = None  # [N]: taken from products before they are rounded to 16 bits, and added after
 
     @classmethod
@@ -94,7 +96,7 @@ class Problem:
         want_total: bool,
         ignore_index: int | None,
         compute_dtype: torch.dtype,
-        workspace_mib: int,
+        workspace_mib: int | None,
         approximate_mass: float = 0.0,
         skip_ignored: bool = False,
         want_max: bool = False,
@@ -114,7 +116,8 @@ class Problem:
             logit_map=LogitMap.parse(logit_map),
             want_total=want_total,
             ignore_index=ignore_index,
-            workspace_bytes=workspace_mib * MIB,
+            workspace_bytes=(DEFAULT_WORKSPACE_MIB if workspace_mib is None else workspace_mib) * MIB,
+            may_take_more=workspace_mib is None,
             approximate_mass=approximate_mass,
             skip_ignored=skip_ignored,
             want_max=want_max,
@@ -123,7 +126,7 @@ class Problem:
 
     @classmethod
     def plain(
-        cls, hidden: Tensor, weight: Tensor, target: Tensor, workspace_mib: int, approximate_mass: float
+        cls, hidden: Tensor, weight: Tensor, target: Tensor, workspace_mib: int | None, approximate_mass: float
     ) -> "Problem":
         """That of a cross-entropy of hidden @ weight.T in the dtype of `hidden`."""
         return cls.of(

@@ -14,7 +14,7 @@ from .problem import Problem, Tiles
 # A row that needs more than this share of the tiles is dense: all tiles are computed for it, but their products for
 # the hidden states' gradient are summed in registers. Additions in memory cost as much as everything else together.
 DENSE_SHARE = 0.5
-TOP_PART = 2.0**-8  # of the budget: in tiles that are lighter no token is computed alone
+TOP_PART = 2.0**-10  # of the budget: in tiles that are lighter no token is computed alone
 PLANNED_AT_ONCE = 8192  # (row, tile) pairs that a program of the first kernel keeps in registers
 
 

@@ -54,8 +54,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(grad_hidden, grad_weight, an empty one for the bias), from what `cuda.forward` gave."""
     sparse = _SparseBackward(problem, lse, tiles, grads.lse, grads.picked, needs_grad[0])
-    empty = problem.hidden.new_empty(0)
-    grad_hidden, grad_weight = empty, empty
+    grad_hidden, grad_weight, grad_bias = (problem.hidden.new_empty(0) for _ in range(3))
     kernels = [sparse.blocks()]
     if needs_grad[1]:
         grad_weight = sparse.begin_weight()
@@ -67,7 +66,7 @@ def backward(
             kernel(round_index)
     if needs_grad[0]:
         grad_hidden = sparse.complete_hidden()
-    return grad_hidden, grad_weight, empty
+    return grad_hidden, grad_weight, grad_bias
 
 
 def _float32_product(a: Tensor, b: Tensor) -> Tensor:

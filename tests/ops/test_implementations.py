@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cce_inductor.ops import cpu, cuda
+from cce_inductor.ops.problem import RowGradients
 
 # the interpreter meets nan and infinity with numpy's warnings
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -150,6 +151,18 @@ def test_only_the_gradients_asked_for_are_computed(implementation, needs_grad):
     )
     for gradient, expected, needed in zip(gradients, everything, needs_grad, strict=True):
         assert torch.equal(gradient, expected) if needed else gradient.numel() == 0
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_no_two_results_share_memory(implementation, wanted):
+    """Operators may not return aliases."""
+    case = cases.Case(9, 40, 6, max=wanted, entropy=wanted, total=wanted)
+    problem = case.problem()
+    results = implementation.forward(problem)
+    gradients = RowGradients(*(torch.ones_like(results.lse) for _ in range(3)))
+    none_needed = implementation.backward(problem, results.lse, results.tiles, gradients, [False] * 3)
+    for tensors in (results, none_needed):
+        assert len({tensor.untyped_storage()._cdata for tensor in tensors}) == len(tensors)
 
 
 def test_a_bias_beyond_the_range_of_exp_has_a_gradient(implementation):
