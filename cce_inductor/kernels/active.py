@@ -1,7 +1,8 @@
 """Which (row, vocabulary tile) pairs matter: all but those that leave the least to be approximated, up to a budget.
 
     mass[j, n]   = sum over v in tile j of p[n, v] = exp(tile_lse[j, n] - lse[n])
-    top[j, n]    = max over v in tile j of p[n, v] where that and mass[j, n] are large enough, else 0
+    top[j, n]    = p[n, v] of the token v that may be computed alone: the target in its tile, elsewhere the heaviest
+                   where that and mass[j, n] are large enough; else 0
     rest[j, n]   = mass[j, n] - top[j, n]
     active[j, n] = rest[j, n] >= t[n],   t[n] <= budget / 64 the largest with
                                          sum over j of rest[j, n] [rest[j, n] < t[n]] <= budget
@@ -9,9 +10,9 @@
 Where a tile that is not active has a top, that token alone is computed, and only the rest is approximated.
 The error of the gradients grows with the square root of the sum of the squares of what is approximated. So it takes
 many light tiles to do the harm of a heavier one, and a row that may skip a lot must do so in small pieces.
-The tile of the target is always active, and no tile is where the row has no gradient. A row that is spread evenly
-skips nearly nothing, so an untrained model stays exact by itself. A row that needs most of the tiles is *dense*: it
-gets all of them, and is listed once instead of in each tile.
+The target is always computed, and no tile is active where the row has no gradient. A row that is spread evenly skips
+nearly nothing, so an untrained model stays exact by itself. A row that needs most of the tiles is *dense*: it gets all
+of them, and is listed once instead of in each tile.
 """
 
 import triton
@@ -20,7 +21,7 @@ import triton.language as tl
 from .pointwise import exp
 from .tops import column_of, number_of
 
-LEAST_SHARE = tl.constexpr(0.25)  # of its tile, that a token has to have to be computed alone
+LEAST_SHARE = tl.constexpr(0.25)  # of its tile, that the heaviest token has to have to be computed alone
 PIECES_LOG2 = tl.constexpr(6.0)  # of no tile more than the budget / 2**6 is approximated
 SMALLEST_LOG2 = tl.constexpr(-40.0)  # rests below 2**-40 are all the same
 BISECTIONS = tl.constexpr(12)  # they find the threshold to a factor of 2**(40 / 2**12)
@@ -42,7 +43,7 @@ def active_kernel(
     num_tiles,
     ignore_index,
     budget,
-    lightest_top,  # in lighter tiles no token is computed alone
+    lightest_top,  # in lighter tiles no token but the target is computed alone
     dense_share,  # a row that needs more than this share of the tiles is dense
     HAS_TARGET: tl.constexpr,
     HAS_IGNORE_INDEX: tl.constexpr,
@@ -59,9 +60,16 @@ def active_kernel(
     row_lse = tl.load(lse + rows, mask=row_mask, other=0.0)
     mass = exp(tl.load(tile_lse + offsets, mask=mask, other=-float("inf")) - row_lse[None, :])
     packed = tl.load(tile_top + offsets, mask=mask, other=0)
-    share = number_of(packed, TILE_WIDTH)
-    stands_out = (mass >= lightest_top) & (share >= LEAST_SHARE)
-    rest = tl.where(stands_out, mass * (1.0 - share), mass)
+    rest_share = number_of(packed, TILE_WIDTH)
+    has_gradient = (tl.load(grad_lse + rows, mask=row_mask, other=0.0) != 0.0)[None, :]
+    stands_out = has_gradient & (mass >= lightest_top) & (rest_share <= 1.0 - LEAST_SHARE)
+    if HAS_TARGET:
+        targets = tl.load(target + rows, mask=row_mask, other=0)
+        picks = tl.load(grad_picked + rows, mask=row_mask, other=0.0) != 0.0
+        if HAS_IGNORE_INDEX:
+            picks = picks & (targets != ignore_index)
+        stands_out = stands_out | (picks[None, :] & (tiles[:, None] == (targets // TILE_WIDTH)[None, :]))
+    rest = tl.where(stands_out, mass * rest_share, mass)
 
     low = tl.full((ROWS,), SMALLEST_LOG2, dtype=tl.float32)
     high = tl.zeros((ROWS,), dtype=tl.float32) + (tl.log2(budget) - PIECES_LOG2)
@@ -71,20 +79,13 @@ def active_kernel(
         fits = skipped <= budget
         low = tl.where(fits, middle, low)
         high = tl.where(fits, high, middle)
-    has_gradient = tl.load(grad_lse + rows, mask=row_mask, other=0.0) != 0.0
-    selected = (rest >= tl.exp2(low)[None, :]) & has_gradient[None, :]
-    if HAS_TARGET:
-        targets = tl.load(target + rows, mask=row_mask, other=0)
-        picks = tl.load(grad_picked + rows, mask=row_mask, other=0.0) != 0.0
-        if HAS_IGNORE_INDEX:
-            picks = picks & (targets != ignore_index)
-        selected = selected | (picks[None, :] & (tiles[:, None] == (targets // TILE_WIDTH)[None, :]))
+    selected = (rest >= tl.exp2(low)[None, :]) & has_gradient
     # a row that is not a number must show in the gradients
     broken = row_lse != row_lse
     selected = (selected | broken[None, :]) & mask
     dense = (tl.sum(selected.to(tl.int32), 0) > dense_share * num_tiles) & row_mask
     selected = selected & (dense == 0)[None, :]
-    tops = stands_out & (selected == 0) & (has_gradient & (dense == 0))[None, :] & mask
+    tops = stands_out & (selected == 0) & (dense == 0)[None, :] & mask
     tl.store(active + rows, dense, mask=row_mask)
     tl.store(active + num_rows + offsets, selected, mask=mask)
     tl.store(active + (1 + num_tiles.to(tl.int64)) * num_rows + offsets, tops, mask=mask)

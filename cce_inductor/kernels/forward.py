@@ -5,7 +5,7 @@
     tile_total[j, n] = sum over v in tile j of total_weight[v] * x[n, v]
     tile_maximum[j, n], tile_argmax[j, n] = the largest x[n, v], v in tile j, and the first v that has it
     tile_entropy[j, n] = - sum over v in tile j of q[v] * log q[v],  q[v] = exp(x[n, v] - tile_lse[j, n])
-    tile_top[j, n]     = the largest q[v] with its place in the tile (`kernels/tops.py`)
+    tile_top[j, n]     = 1 - the largest q[v], with its place in the tile (`kernels/tops.py`)
 
 The log-sum-exp over the whole vocabulary is the log-sum-exp of the tiles' (Wijmans et al., arXiv 2411.09009,
 computes it with locks instead). Rows left out of `hidden` cost nothing. The kernel is persistent: as many programs as

@@ -1,7 +1,7 @@
 """From which pairs of rows and vocabulary tiles are active to the lists that the sparse backward walks over.
 
-List 0 has the dense rows, and list 1 + j the other rows that need tile j. Then come the rows that need the heaviest
-token of a tile only (`kernels/tops.py`), by the part of the tile that it lies in. Lists are in order and cut into slots
+List 0 has the dense rows, and list 1 + j the other rows that need tile j. Then come the rows that need one token of a
+tile only (`kernels/tops.py`), by the part of the tile that it lies in. Lists are in order and cut into slots
 of BLOCK_N rows; the last slot of a list is filled up with -1. With the rows of a slot and the columns of a tile goes a
 block of the logits. Its rows need not lie next to each other, so what a batch costs does not depend on the order of its
 rows. The blocks of a tile are those of the dense rows, then those of its own list; tops have none.
@@ -115,8 +115,8 @@ def skipped_kernel(
         skipped = (computed == 0) & (grad != 0.0)
         skipping += tl.sum(skipped.to(tl.int32), 0)
         mass = exp(tl.load(tile_lse + here + rows, mask=mask, other=0.0) - tl.load(lse + rows, mask=mask, other=0.0))
-        share = number_of(tl.load(tile_top + here + rows, mask=mask, other=0), TILE_WIDTH)
-        mass = tl.where(top != 0, mass * (1.0 - share), mass)
+        rest_share = number_of(tl.load(tile_top + here + rows, mask=mask, other=0), TILE_WIDTH)
+        mass = tl.where(top != 0, mass * rest_share, mass)
         mass = tl.where(skipped, mass * (grad / peak), 0.0)
         tl.store(skipped_mass + here + rows, mass.to(skipped_mass.dtype.element_ty), mask=mask)
     tl.store(skips + tile, skipping > 0)

@@ -1,6 +1,7 @@
 """The logit of each target, one dot product for each; where rows have one target,
 
     picked[n] = f(hidden[n] . weight[target[n]] + bias[target[n]])          0 where target[n] == ignore_index
+    tile_top[j, n] = 1 - exp(picked[n] - tile_lse[j, n]), with the target's place, in the tile j of target[n]
 
 Computed apart, it costs a thousandth of the forward kernel. Inside, it made some tiles slower than others, so that
 programs ceased to read the same tiles at the same time and the L2 cache missed: 1.1 to 1.4 times the whole forward.
@@ -11,8 +12,11 @@ log-sum-exp, which no logit exceeds: a loss below zero. The minimum of the two r
 import triton
 import triton.language as tl
 
+from .pointwise import exp
+from .tops import with_column
 
-@triton.jit(do_not_specialize=["ignore_index"])
+
+@triton.jit(do_not_specialize=["ignore_index", "num_rows"])
 def picked_kernel(
     hidden,  # [N, D], in the dtype of the matmuls
     weight,  # [V, D], in its own dtype
@@ -20,7 +24,10 @@ def picked_kernel(
     target,  # [N, num_targets]
     lse,  # [N]
     picked,  # [N, num_targets]
-    num_targets,  # of each row
+    tile_lse,  # [tiles, N]
+    tile_top,  # [tiles, N], int32: the heaviest token of each; written where WANT_TOP
+    num_rows,
+    num_targets,  # of each row; one where WANT_TOP
     width,
     ignore_index,
     stride_hn,
@@ -30,12 +37,14 @@ def picked_kernel(
     VALUE: tl.constexpr,  # the generated function f
     HAS_BIAS: tl.constexpr,
     HAS_IGNORE_INDEX: tl.constexpr,
+    WANT_TOP: tl.constexpr,
+    TILE: tl.constexpr,  # columns of a tile
     BLOCK_D: tl.constexpr,
 ):
     pick = tl.program_id(0).to(tl.int64)
     row = pick // num_targets
     column = tl.load(target + pick)  # 64-bit, as targets are
-    counts = True
+    counts = column >= 0  # as every target that is not ignored
     if HAS_IGNORE_INDEX:
         counts = column != ignore_index
         column = tl.where(counts, column, 0)
@@ -50,3 +59,8 @@ def picked_kernel(
         z += tl.load(bias + column).to(tl.float32)
     x = tl.minimum(VALUE(z), tl.load(lse + row))
     tl.store(picked + pick, tl.where(counts, x, 0.0))
+    if WANT_TOP:
+        place = (column // TILE) * num_rows + row
+        of_tile = tl.load(tile_lse + place)
+        rest = tl.where(x < of_tile, 1.0 - exp(x - of_tile), 0.0)
+        tl.store(tile_top + place, with_column(rest, (column % TILE).to(tl.int32), TILE), mask=counts)

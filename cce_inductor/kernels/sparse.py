@@ -4,7 +4,7 @@
     grad_weight[v] += sum over n of dz[n, v] * hidden[n]
     grad_hidden[n] += sum over v of dz[n, v] * weight[v] + sum over tiles: skipped_mass[tile, n] * skipped_weight[tile]
 
-What other kernels put there before is what is not listed: the heaviest tokens (`kernels/top_gradient.py`), and the
+What other kernels put there before is what is not listed: tokens computed alone (`kernels/top_gradient.py`), and the
 others by their probability mass in the tile, whose place within it is taken to be `share`, the same for all rows. One
 kernel computes dz of a round, block by block, into the workspace; then one kernel for each gradient multiplies. A block
 of grad_weight is owned by one program, which adds in a fixed order. To grad_hidden many tiles add at once: in fixed
@@ -186,10 +186,10 @@ def weight_gradient_kernel(
         columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
         depths = depth + tl.arange(0, BLOCK_D)
         offsets = columns[:, None].to(tl.int64) * width + depths[None, :]
-        # what has no block is complete: not to read and write it again saves as much memory traffic as begins it
-        mask = (columns < num_columns)[:, None] & (depths < width)[None, :] & (dense_steps + steps > 0)
-        total += tl.load(grad_weight + offsets, mask=mask, other=0.0).to(tl.float32)
-        tl.store(grad_weight + offsets, total.to(grad_weight.dtype.element_ty), mask=mask)
+        mask = (columns < num_columns)[:, None] & (depths < width)[None, :]
+        if dense_steps + steps > 0:  # what has no block is complete: it need not be read and written again
+            total += tl.load(grad_weight + offsets, mask=mask, other=0.0).to(tl.float32)
+            tl.store(grad_weight + offsets, total.to(grad_weight.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["round_index", "num_columns", "depths_at_once"])

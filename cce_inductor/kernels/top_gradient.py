@@ -1,6 +1,6 @@
 """What is not computed with a whole tile: the tokens that are computed alone (`kernels/tops.py`), and what is skipped.
 
-    dz[n, v]       = p[n, v] * grad_lse[n] * f'(z[n, v])                      v in the tokens listed for row n
+    dz[n, v]       = (p[n, v] * grad_lse[n] + [v == target[n]] * grad_picked[n]) * f'(z[n, v])       v listed for row n
     grad_hidden[n] = sum over the listed v of dz[n, v] * weight[v]
     grad_weight[v] = sum over n that list v of dz[n, v] * hidden[n]  +  share[v] * skipped_hidden[tile of v]
 
@@ -17,11 +17,12 @@ from .tile import gather_rows
 from .tops import column_of, number_of, with_column
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_tiles"])
+@triton.jit(do_not_specialize=["num_rows", "num_tiles", "ignore_index"])
 def top_hidden_kernel(
     hidden,  # [N, D]
     weight,  # [V, D]
     bias,  # [V]
+    target,  # [N]
     lse,  # [N]
     grad_lse,  # [N]
     grad_picked,  # [N]
@@ -33,6 +34,7 @@ def top_hidden_kernel(
     num_rows,
     num_tiles,
     width,
+    ignore_index,
     slope_bound,
     stride_hn,
     stride_hd,
@@ -40,6 +42,8 @@ def top_hidden_kernel(
     stride_wd,
     VALUE_AND_SLOPE: tl.constexpr,  # the generated function (f, f')
     HAS_BIAS: tl.constexpr,
+    HAS_TARGET: tl.constexpr,
+    HAS_IGNORE_INDEX: tl.constexpr,
     WANT_HIDDEN: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,  # at least D
@@ -51,7 +55,11 @@ def top_hidden_kernel(
     depths = tl.arange(0, BLOCK_D)
     depth_mask = depths < width
     h = tl.load(hidden + row.to(tl.int64) * stride_hn + depths * stride_hd, mask=depth_mask, other=0.0).to(tl.float32)
-    row_lse, row_grad = tl.load(lse + row), tl.load(grad_lse + row)
+    row_lse, row_grad, target_grad = tl.load(lse + row), tl.load(grad_lse + row), tl.load(grad_picked + row)
+    if HAS_TARGET:
+        row_target = tl.load(target + row)
+        if HAS_IGNORE_INDEX:
+            row_target = tl.where(row_target == ignore_index, -1, row_target)
     total = tl.zeros((BLOCK_D,), dtype=tl.float32)
     for first in tl.range(0, count, TOKENS, num_stages=NUM_STAGES):
         places = first + tl.arange(0, TOKENS)
@@ -63,12 +71,15 @@ def top_hidden_kernel(
         if HAS_BIAS:
             z += tl.load(bias + tokens, mask=mask, other=0.0).to(tl.float32)
         x, slope = VALUE_AND_SLOPE(z)
-        dz = tl.where(mask, exp(x - row_lse) * row_grad * slope, 0.0)
+        dx = exp(x - row_lse) * row_grad
+        if HAS_TARGET:
+            dx += tl.where(tokens == row_target, target_grad, 0.0)
+        dz = tl.where(mask, dx * slope, 0.0)
         total += tl.sum(dz[:, None] * w, 0)
         here = (tokens // BLOCK_V).to(tl.int64) * num_rows + row
         tl.store(top_dz + here, with_column(dz, tokens % BLOCK_V, BLOCK_V), mask=mask)
     if WANT_HIDDEN:
-        unit = fixed_point_unit(row_grad, tl.load(grad_picked + row), row_lse, weight_peak, slope_bound)
+        unit = fixed_point_unit(row_grad, target_grad, row_lse, weight_peak, slope_bound)
         both = to_fixed_point(tl.expand_dims(total, 0), tl.zeros((1,), dtype=tl.float32) + unit)
         row_pairs = tl.cdiv(width, 2)
         pairs = tl.arange(0, BLOCK_D // 2)[None, :]

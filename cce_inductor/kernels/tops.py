@@ -1,4 +1,7 @@
-"""The heaviest token of a (row, vocabulary tile) pair: found in the forward, computed alone where the rest is skipped.
+"""The token of a (row, vocabulary tile) pair that is computed alone where the rest is skipped.
+
+That is the row's target in its tile, and elsewhere the heaviest token. The forward finds it, and what share of the
+tile's probability is left without it.
 
 A column and a number that belongs to it share 32 bits, as they are moved more often than looked at: the lowest bits of
 a float32 give way to the column's place in its tile. In tiles of 256 columns that leaves 15 bits after the point.
@@ -28,7 +31,7 @@ def number_of(packed, TILE: tl.constexpr):
 
 @triton.jit
 def heaviest(exps, total, TILE: tl.constexpr):
-    """Of exps [rows, TILE], none negative and the largest one: the largest one's share of the total and its column."""
+    """Of exps [rows, TILE], none negative and the largest one: the share of all but the largest, and its column."""
     # the bits of floats that are not negative are in order as integers
     largest = tl.max(with_column(exps, tl.arange(0, TILE)[None, :], TILE), 1)
-    return with_column(1.0 / total, column_of(largest, TILE), TILE)
+    return with_column((total - 1.0) / total, column_of(largest, TILE), TILE)

@@ -18,7 +18,7 @@ class Activity(NamedTuple):
 
     pairs: float
     blocks: float  # of as many rows as a kernel takes: those of the pairs, and what fills them up
-    tokens: float  # pairs of which the heaviest token is computed alone
+    tokens: float  # pairs of which one token is computed alone
 
 
 @torch.no_grad()

@@ -96,10 +96,11 @@ def may_skip(problem: Problem) -> bool:
 
 
 def _aten_forward(problem: Problem) -> Reductions:
-    """Of tiles it knows nothing; infinite ones make an approximate backward skip none."""
+    """Of tiles it knows nothing; infinite ones, and all of it left, make an approximate backward skip none."""
     assert_targets(problem)
     tiles = problem.tiles(_recorded_tiles(problem))
-    return cpu.forward(problem)._replace(tile_lse=tiles.lse.fill_(float("inf")), tile_top=tiles.top.zero_())
+    tiles.top.view(torch.float32).fill_(1.0)
+    return cpu.forward(problem)._replace(tile_lse=tiles.lse.fill_(float("inf")), tile_top=tiles.top)
 
 
 def reduce(problem: Problem, kept: KeptTiles | None = None) -> Reductions:
@@ -134,7 +135,7 @@ def reduce(problem: Problem, kept: KeptTiles | None = None) -> Reductions:
             VALUE=template.load(problem.logit_map).value,
         )
     combined = results.combined(problem)
-    return combined._replace(picked=_picked(problem, combined.lse))
+    return combined._replace(picked=_picked(problem, combined, launch.config.block_v))
 
 
 @dataclass(frozen=True)
@@ -231,18 +232,21 @@ def assert_targets(problem: Problem) -> None:
         compat.assert_on_device(~cpu.bad_targets(problem).any(), BAD_TARGET)
 
 
-def _picked(problem: Problem, lse: Tensor) -> Tensor:
-    """The logits of the targets, in their shape, or zeros without targets."""
+def _picked(problem: Problem, results: Reductions, tile_width: int) -> Tensor:
+    """The logits of the targets, in their shape, or zeros [N]. Where tiles are recorded, targets are their tops."""
     if problem.target is None:
-        return torch.zeros_like(lse)
-    picked = torch.empty_like(problem.target, dtype=lse.dtype)
+        return torch.zeros_like(results.lse)
+    picked = torch.empty_like(problem.target, dtype=results.lse.dtype)
     picked_kernel[(problem.target.numel(),)](
         hidden=problem.hidden,
         weight=problem.weight,
         bias=problem.bias,
         target=problem.target,
-        lse=lse,
+        lse=results.lse,
         picked=picked,
+        tile_lse=results.tile_lse,
+        tile_top=results.tile_top,
+        num_rows=problem.num_rows,
         num_targets=problem.targets_per_row,
         width=problem.width,
         **ignore_arguments(problem),
@@ -252,6 +256,8 @@ def _picked(problem: Problem, lse: Tensor) -> Tensor:
         stride_wd=problem.weight.stride(1),
         VALUE=template.load(problem.logit_map).value,
         HAS_BIAS=problem.bias is not None,
+        WANT_TOP=len(results.tile_lse) > 0,
+        TILE=tile_width,
         BLOCK_D=min(1024, triton.next_power_of_2(problem.width)),
     )
     return picked

@@ -19,7 +19,7 @@ class Tiles(NamedTuple):
     """What the forward records of each (vocabulary tile, row) pair for a sparse backward; [0, N] without one."""
 
     lse: Tensor  # [tiles, N], float32
-    top: Tensor  # [tiles, N], int32: the heaviest token's share of the tile, and its place in it (`kernels/tops.py`)
+    top: Tensor  # [tiles, N], int32: one token's place, and the tile's share without it (`kernels/tops.py`)
 
 
 class Reductions(NamedTuple):

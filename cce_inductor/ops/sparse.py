@@ -3,9 +3,9 @@
 The forward stored the log-sum-exp of every row and vocabulary tile. With the final lse they are probability masses, so
 the backward knows before it starts which tiles each row needs: all but the lightest, whose summed mass stays within a
 budget (`kernels/active.py`). Each tile gathers the rows that need it (`kernels/lists.py`). Of a tile that is skipped,
-the heaviest token is computed if it stands out (`kernels/top_gradient.py`). The others are replaced by their mass,
-spread over each tile as rows spread it on average (`kernels/share.py`): two products as many times smaller as a tile
-has columns. `kernels/sparse.py` has the formulas.
+the target is computed, or the heaviest token if it stands out (`kernels/top_gradient.py`). The others are replaced by
+their mass, spread over each tile as rows spread it on average (`kernels/share.py`): two products as many times smaller
+as a tile has columns. `kernels/sparse.py` has the formulas.
 """
 
 import contextlib
@@ -162,6 +162,7 @@ class _SparseBackward:
             hidden=self.hidden,
             weight=self.weight,
             bias=problem.bias,
+            target=problem.target,
             lse=self.lse,
             grad_lse=self.grad_lse,
             grad_picked=self.grad_picked,
@@ -173,6 +174,7 @@ class _SparseBackward:
             num_rows=rows,
             num_tiles=self.tiles,
             width=width,
+            **ignore_arguments(problem),
             slope_bound=problem.logit_map.slope_bound,
             stride_hn=self.hidden.stride(0),
             stride_hd=self.hidden.stride(1),
@@ -180,6 +182,7 @@ class _SparseBackward:
             stride_wd=self.weight.stride(1),
             VALUE_AND_SLOPE=self.function,
             HAS_BIAS=problem.bias is not None,
+            HAS_TARGET=problem.target is not None,
             WANT_HIDDEN=want_hidden,
             BLOCK_V=self.config.block_v,
             BLOCK_D=block_d,

@@ -46,11 +46,14 @@ def recorded(case, problem):
     """What the forward records of the tiles, of which it keeps nothing on a CPU."""
     bias = 0.0 if case.bias_vector is None else case.bias_vector.double()
     x = problem.logit_map(case.hidden.double() @ case.weight.double().T + bias)
-    tiles = [tile.log_softmax(1).max(1) for tile in x.split(TILE_WIDTH, dim=1)]
-    shares = torch.stack([log_share.exp().float() for log_share, _ in tiles]).view(torch.int32)
-    columns = torch.stack([column.int() for _, column in tiles])
+    log_q = [tile.log_softmax(1) for tile in x.split(TILE_WIDTH, dim=1)]
+    columns = torch.stack([tile.argmax(1) for tile in log_q])
+    rows = (case.targets != case.ignore_index).nonzero().squeeze(1)
+    columns[case.targets[rows] // TILE_WIDTH, rows] = case.targets[rows] % TILE_WIDTH
+    of_tops = torch.stack([tile.gather(1, column[:, None])[:, 0] for tile, column in zip(log_q, columns, strict=True)])
+    rests = -torch.expm1(of_tops)
     lse = torch.stack([tile.logsumexp(1) for tile in x.split(TILE_WIDTH, dim=1)])
-    return Tiles(lse.float(), (shares & -TILE_WIDTH) | columns)
+    return Tiles(lse.float(), (rests.float().view(torch.int32) & -TILE_WIDTH) | columns.int())
 
 
 def all_active(problem, lse, tiles, grads, tops=True):
@@ -151,7 +154,7 @@ def test_the_gradients_are_the_specified_ones(rows, vocab, width, logit_map, bia
         patch.setattr(row_lists, "DENSE_SHARE", dense_share)
         gradients = sparse.backward(problem, lse, tiles, case.row_gradients(), [True, True, False])[:2]
     *wanted, of_hidden, of_weight = specified(case, problem, lse, tiles, dense_share)
-    # a token's share of its tile, and its dz, give five bits to its place
+    # the share of a tile without a token, and the token's dz, give five bits to its place
     cut_off = 2 * TILE_WIDTH * torch.finfo(torch.float32).eps
     for mine, theirs, size in zip(gradients, wanted, (of_hidden, of_weight), strict=True):
         assert (mine.double() - theirs).norm() <= cut_off * size.norm()
@@ -184,11 +187,14 @@ def test_what_a_row_skips_stays_within_the_budget_and_never_its_target(mass):
     active, tops = active_and_tops(all_active(problem, lse, tiles, case.grads))
     counts = case.targets != -100
     mass_of = torch.exp(tiles.lse - lse)
-    approximated = torch.where(tops, mass_of * (1 - shares_of(tiles)), torch.where(active, 0.0, mass_of))
+    approximated = torch.where(tops, mass_of * rests_of(tiles), torch.where(active, 0.0, mass_of))
     skipped = approximated.sum(0)[counts]
     assert (skipped <= mass * (1 + 1e-5)).all()
     assert skipped.max() > 0
-    assert active[case.targets[counts] // TILE_WIDTH, counts.nonzero().squeeze(1)].all()
+    of_target = case.targets[counts] // TILE_WIDTH, counts.nonzero().squeeze(1)
+    assert (active | tops)[of_target].all()
+    assert tops[of_target].any()  # alone
+    assert torch.equal(tiles.top[of_target] % TILE_WIDTH, case.targets[counts].int() % TILE_WIDTH)
     assert not (active | tops)[:, ~counts].any()
 
 
@@ -199,7 +205,9 @@ def test_what_a_row_skips_stays_within_the_budget_and_never_its_target(mass):
     bias=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_the_forward_records_the_heaviest_token_of_each_tile(rows, vocab, logit_map, bias, seed):
+def test_the_forward_records_the_target_in_its_tile_and_elsewhere_the_heaviest_token(
+    rows, vocab, logit_map, bias, seed
+):
     case = make(rows, vocab, 16, logit_map=logit_map, bias=bias, seed=seed, ignore_index=-1)
     problem = case.problem(approximate_mass=2**-5)
     with pytest.MonkeyPatch.context() as patch:
@@ -209,13 +217,15 @@ def test_the_forward_records_the_heaviest_token_of_each_tile(rows, vocab, logit_
     # of two tokens that are equally heavy either may be found, and the place takes five bits
     cut_off = 2 * TILE_WIDTH * torch.finfo(torch.float32).eps
     torch.testing.assert_close(tiles.lse, wanted.lse)
-    torch.testing.assert_close(shares_of(tiles), shares_of(wanted), rtol=cut_off, atol=0)
+    torch.testing.assert_close(rests_of(tiles), rests_of(wanted), rtol=cut_off, atol=cut_off)
     bias_vector = 0.0 if case.bias_vector is None else case.bias_vector
     x = problem.logit_map(case.hidden @ case.weight.T + bias_vector)
     for number, columns in enumerate(tiles.top % TILE_WIDTH):
         of_tile = x[:, number * TILE_WIDTH : (number + 1) * TILE_WIDTH]
         found = of_tile.gather(1, columns[:, None].long()).squeeze(1)
-        assert (found >= of_tile.amax(1) - cut_off - 1e-5 * of_tile.amax(1).abs()).all()
+        heaviest = found >= of_tile.amax(1) - cut_off - 1e-5 * of_tile.amax(1).abs()
+        holds_target = (case.targets // TILE_WIDTH == number) & (case.targets != case.ignore_index)
+        assert torch.where(holds_target, columns == case.targets % TILE_WIDTH, heaviest).all()
 
 
 @pytest.mark.parametrize(("picks", "may_skip"), [(None, True), (1, False), (3, False)])
@@ -233,13 +243,14 @@ def test_several_targets_of_a_row_are_left_to_the_exact_backward(picks, may_skip
     assert results.tile_lse.shape == results.tile_top.shape == ((2 if may_skip else 0), 9)
 
 
-def shares_of(tiles):
+def rests_of(tiles):
+    """The shares of the tiles that are left without their tops."""
     return (tiles.top & -TILE_WIDTH).view(torch.float32)
 
 
 def of_masses(masses, share=0.0):
     """Records of tiles with these masses [tiles, N], of rows whose lse is 0, and whose heaviest token has a share."""
-    top = torch.full_like(masses, share).view(torch.int32) & -TILE_WIDTH
+    top = torch.full_like(masses, 1 - share).view(torch.int32) & -TILE_WIDTH
     return Tiles(masses.log(), top)
 
 
@@ -364,7 +375,7 @@ def test_lists_hold_each_needed_pair_once_and_rounds_fit_in_the_workspace(rows, 
     for tile, (start, end) in enumerate(itertools.pairwise(starts[1 : len(needed) + 2])):
         assert (lists.slot_tile[start:end] == tile).all()
     mass = torch.exp(tiles.lse - lse) * case.grads[0] / case.grads[0].abs().max()
-    mass = torch.where(tops, mass * (1 - shares_of(tiles)), mass)
+    mass = torch.where(tops, mass * rests_of(tiles), mass)
     wanted = torch.where(needed | dense, 0.0, mass.nan_to_num())
     torch.testing.assert_close(skipped.mass, wanted, rtol=1e-5, atol=1e-12)
     assert torch.equal(skipped.anything, (~needed & ~dense & (case.grads[0] != 0)).any(1))
