@@ -29,8 +29,8 @@ class Options:
         to below 1. In bfloat16 and float16 on a GPU, and in bfloat16 on a CPU where the loss is the only one of its
         graph, it then skips the tiles of the softmax that matter least and puts their mass back as rows spread it on
         average: on a GPU those of which at most 1/64 of this is left without the target or their heaviest token, which
-        is computed alone; on a CPU those that have at most 1/128 of this. Faster the more peaked the softmax is. Elsewhere
-        gradients are always exact.
+        is computed alone; on a CPU those that have at most 1/128 of this. Faster the more peaked the softmax is.
+        Elsewhere gradients are always exact.
     logits: what becomes of logits that a program returns beside the loss. "lazy": they are computed from the hidden
         states when something first reads them, which must be before the weight changes. "materialize": they are
         computed with the loss, which is rewritten all the same. "refuse": such a loss is left as it is.
