@@ -1,7 +1,7 @@
 """Backward kernel: recomputes the logits of a block, or reads those that were kept, and stores their gradient.
 
     x  = f(z),  z = hidden @ weight.T + bias
-    dx = p * grad_lse + [v == target] * grad_picked + total_weight[v] * grad_total
+    dx = p * grad_lse + sum over targets of [v == target] * grad_picked + total_weight[v] * grad_total
          + [v == argmax] * grad_maximum - p * (log p + entropy) * grad_entropy,      p = exp(x - lse)
     dz = dx * f'(z)                                                     stored in the dtype of the matmuls
     tile_bias[i, v] = sum over n in row block i of dz[n, v]             where the bias needs a gradient
@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .kept import load_logits
 from .pointwise import LEAST_LOG, exp_of_difference
+from .several_targets import add_targets
 from .tile import position_in_tile, preactivations, tile_position
 
 
@@ -22,11 +23,11 @@ def gradient_kernel(
     hidden,
     weight,
     bias,
-    target,
+    target,  # [N, num_targets]; where there are several, ascending in each row
     total_weight,
     lse,  # [N]
     grad_lse,  # [N]
-    grad_picked,  # [N]
+    grad_picked,  # [N, num_targets], in the order of the targets
     grad_total,  # [N]
     grad_maximum,  # [N], read where HAS_MAXIMUM
     argmax,  # [N]
@@ -39,6 +40,7 @@ def gradient_kernel(
     num_rows,
     num_columns,  # of the slice that `weight` holds
     width,
+    num_targets,  # of each row
     first_column,  # where the slice starts in the vocabulary
     ignore_index,
     stride_hn,
@@ -51,7 +53,8 @@ def gradient_kernel(
     stride_kept_base,
     VALUE_AND_SLOPE: tl.constexpr,  # the generated function (f, f')
     HAS_BIAS: tl.constexpr,
-    HAS_TARGET: tl.constexpr,
+    HAS_TARGET: tl.constexpr,  # one in each row
+    SEARCH_STEPS: tl.constexpr,  # among several in each row: `several_targets.py`; else 0
     HAS_IGNORE_INDEX: tl.constexpr,
     WANT_TOTAL: tl.constexpr,
     HAS_TOTAL_WEIGHT: tl.constexpr,
@@ -102,6 +105,11 @@ def gradient_kernel(
             dx = exp_of_difference(x, row_lse) * scale
         else:
             dx = exp_of_difference(x, row_lse) * row_grad[:, None]
+        if SEARCH_STEPS > 0:
+            dx = add_targets(
+                dx, target, grad_picked, rows, row_mask, first_column + column, num_targets, ignore_index,
+                HAS_IGNORE_INDEX, SEARCH_STEPS, BLOCK_V,
+            )  # fmt: skip
         if HAS_TARGET:  # noqa: SIM102 (known when the kernel is compiled, holds_targets is not)
             if holds_targets:
                 hit = tl.arange(0, BLOCK_V)[None, :] == position[:, None]

@@ -1,4 +1,4 @@
-"""The target's logit of each row, one dot product a row:
+"""The logit of each target, one dot product for each; where rows have one target,
 
     picked[n] = f(hidden[n] . weight[target[n]] + bias[target[n]])          0 where target[n] == ignore_index
     tile_top[j, n] = 1 - exp(picked[n] - tile_lse[j, n]), with the target's place, in the tile j of target[n]
@@ -21,12 +21,13 @@ def picked_kernel(
     hidden,  # [N, D], in the dtype of the matmuls
     weight,  # [V, D], in its own dtype
     bias,  # [V]
-    target,  # [N]
+    target,  # [N, num_targets]
     lse,  # [N]
-    picked,  # [N]
+    picked,  # [N, num_targets]
     tile_lse,  # [tiles, N]
     tile_top,  # [tiles, N], int32: the heaviest token of each; written where WANT_TOP
     num_rows,
+    num_targets,  # of each row; one where WANT_TOP
     width,
     ignore_index,
     stride_hn,
@@ -40,8 +41,9 @@ def picked_kernel(
     TILE: tl.constexpr,  # columns of a tile
     BLOCK_D: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.load(target + row)  # 64-bit, as targets are
+    pick = tl.program_id(0).to(tl.int64)
+    row = pick // num_targets
+    column = tl.load(target + pick)  # 64-bit, as targets are
     counts = column >= 0  # as every target that is not ignored
     if HAS_IGNORE_INDEX:
         counts = column != ignore_index
@@ -56,7 +58,7 @@ def picked_kernel(
     if HAS_BIAS:
         z += tl.load(bias + column).to(tl.float32)
     x = tl.minimum(VALUE(z), tl.load(lse + row))
-    tl.store(picked + row, tl.where(counts, x, 0.0))
+    tl.store(picked + pick, tl.where(counts, x, 0.0))
     if WANT_TOP:
         place = (column // TILE) * num_rows + row
         of_tile = tl.load(tile_lse + place)

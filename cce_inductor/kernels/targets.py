@@ -17,7 +17,10 @@ def targets_kernel(
     SOME_ROWS: tl.constexpr,
     ROWS: tl.constexpr,  # at a time
 ):
-    """One program: on the device in one launch what would be a dozen small operations."""
+    """One program: on the device in one launch what would be a dozen small operations.
+
+    Where rows have several targets, each of them is a row here.
+    """
     bad, count = 0, 0
     for row in range(0, num_rows, ROWS):
         rows = row + tl.arange(0, ROWS)

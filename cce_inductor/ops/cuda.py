@@ -33,19 +33,27 @@ def supported(problem: Problem) -> bool:
     """Whether the Triton kernels cover the problem; `cpu.py` computes the rest with ATen on the same device.
 
     Not covered: float64; float32, where cuBLAS is faster than a Triton kernel without tensor cores, and its TF32
-    rounds the operands where Triton cuts them off; several targets of each row; empty operands.
+    rounds the operands where Triton cuts them off; empty operands.
     """
     on_gpu = problem.hidden.is_cuda  # elsewhere Triton's interpreter runs the kernels, and float32 is its best dtype
     dtypes = (torch.bfloat16, torch.float16) if on_gpu else (torch.bfloat16, torch.float16, torch.float32)
-    empty = min(problem.num_rows, problem.vocab_size, problem.width) == 0
-    return problem.compute_dtype in dtypes and not problem.several_targets and not empty
+    operands = (problem.hidden, problem.weight, problem.target)
+    empty = any(operand is not None and operand.numel() == 0 for operand in operands)
+    return problem.compute_dtype in dtypes and not empty
 
 
 def recorded_tiles(
-    device: torch.device, vocab_size: int, compute_dtype: torch.dtype, want_total: bool, approximate_mass: float
+    device: torch.device,
+    vocab_size: int,
+    compute_dtype: torch.dtype,
+    want_total: bool,
+    several_targets: bool,
+    approximate_mass: float,
 ) -> int:
     """Of how many tiles the forward keeps records for the backward; of none unless that may be sparse."""
-    if device.type != "cuda" or compute_dtype.itemsize != 2 or want_total or approximate_mass == 0:
+    if device.type != "cuda" or compute_dtype.itemsize != 2 or approximate_mass == 0:
+        return 0
+    if want_total or several_targets:
         return 0
     return -(-vocab_size // tile_config(device_properties(device)[0], backward=False).block_v)
 
@@ -68,12 +76,18 @@ def forward(problem: Problem) -> Reductions:
 
 def kind(problem: Problem) -> Hashable:
     """What decides which kernels are compiled."""
-    return problem.logit_map, problem.compute_dtype, problem.hidden.device
+    return problem.logit_map, problem.compute_dtype, problem.hidden.device, problem.several_targets
 
 
 def _recorded_tiles(problem: Problem) -> int:
-    device, dtype = problem.hidden.device, problem.compute_dtype
-    return recorded_tiles(device, problem.vocab_size, dtype, problem.want_total, problem.approximate_mass)
+    return recorded_tiles(
+        problem.hidden.device,
+        problem.vocab_size,
+        problem.compute_dtype,
+        problem.want_total,
+        problem.several_targets,
+        problem.approximate_mass,
+    )
 
 
 def may_skip(problem: Problem) -> bool:
@@ -202,11 +216,11 @@ class _Rows:
             good=good,
             row_of=row_of,
             row_count=count,
-            num_rows=problem.num_rows,
+            num_rows=problem.target.numel(),
             num_columns=problem.vocab_size,
             **ignore_arguments(problem),
             SOME_ROWS=some,
-            ROWS=1024,
+            ROWS=8192 if problem.several_targets else 1024,
         )
         compat.assert_on_device(good, BAD_TARGET)
         return cls(problem.hidden if row_of is None else problem.hidden[row_of], row_of, count)
@@ -219,11 +233,11 @@ def assert_targets(problem: Problem) -> None:
 
 
 def _picked(problem: Problem, results: Reductions, tile_width: int) -> Tensor:
-    """The logits of the targets [N], or zeros without targets. Where tiles are recorded, targets are their tops."""
+    """The logits of the targets, in their shape, or zeros [N]. Where tiles are recorded, targets are their tops."""
     if problem.target is None:
         return torch.zeros_like(results.lse)
-    picked = torch.empty_like(results.lse)
-    picked_kernel[(problem.num_rows,)](
+    picked = torch.empty_like(problem.target, dtype=results.lse.dtype)
+    picked_kernel[(problem.target.numel(),)](
         hidden=problem.hidden,
         weight=problem.weight,
         bias=problem.bias,
@@ -233,6 +247,7 @@ def _picked(problem: Problem, results: Reductions, tile_width: int) -> Tensor:
         tile_lse=results.tile_lse,
         tile_top=results.tile_top,
         num_rows=problem.num_rows,
+        num_targets=problem.targets_per_row,
         width=problem.width,
         **ignore_arguments(problem),
         stride_hn=problem.hidden.stride(0),
@@ -282,6 +297,10 @@ def gradient_of(problem: Problem, lse: Tensor, grads: RowGradients, kept: KeptTi
     anew = Launch(problem, tile_config(capability, backward=True), problem.hidden)
     from_kept = Launch(problem, kept_config(capability), problem.hidden)
     parts = (kept or KeptTiles()).parts
+    targets, several = problem.target, problem.targets_per_row > 1
+    if targets is not None and several:
+        targets, order = targets.sort(dim=1, stable=True)
+        grads = grads._replace(picked=grads.picked.gather(1, order))
 
     def fill(rows: slice, columns: slice, weight: Tensor, dz: Tensor, grad_bias: Tensor | None) -> None:
         for part, place in parts(rows, columns):
@@ -311,13 +330,15 @@ def gradient_of(problem: Problem, lse: Tensor, grads: RowGradients, kept: KeptTi
             grad_entropy=here.entropy,
             argmax=here.argmax if here.maximum is not None else None,
             entropy=here.row_entropy if here.entropy is not None else None,
-            target=None if problem.target is None else problem.target[rows],
+            target=None if targets is None else targets[rows],
+            num_targets=problem.targets_per_row,
             first_column=columns.start,
             **ignore_arguments(problem),
             dz=dz,
             tile_bias=tile_bias,
             VALUE_AND_SLOPE=template.load(problem.logit_map).value_and_slope,
-            HAS_TARGET=problem.target is not None,
+            HAS_TARGET=problem.targets_per_row == 1,
+            SEARCH_STEPS=problem.targets_per_row.bit_length() if several else 0,
             WANT_BIAS=grad_bias is not None,
             HAS_MAXIMUM=here.maximum is not None,
             HAS_ENTROPY=here.entropy is not None,

@@ -175,13 +175,13 @@ def _forward_fake(
 ) -> Reductions:
     check(hidden, weight, bias, target, total_weight, compute_dtype)
     LogitMap.parse(logit_map)
-    tiles = cuda.recorded_tiles(hidden.device, weight.shape[0], compute_dtype, want_total, approximate_mass)
     rows, sums = hidden.shape[0], accumulate_dtype(compute_dtype)
+    picks = () if target is None else target.shape[1:]
+    several = len(picks) > 0
+    tiles = cuda.recorded_tiles(hidden.device, weight.shape[0], compute_dtype, want_total, several, approximate_mass)
 
     def vector(wanted: bool = True, dtype: torch.dtype = sums) -> Tensor:
         return hidden.new_empty((rows if wanted else 0,), dtype=dtype)
-
-    picks = () if target is None else target.shape[1:]
 
     return Reductions(
         lse=vector(),

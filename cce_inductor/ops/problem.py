@@ -166,8 +166,15 @@ class Problem:
 
     @property
     def several_targets(self) -> bool:
-        """Whether more than one class of each row is picked."""
+        """Whether any number of classes of each row are picked, [N, K], instead of one."""
         return self.target is not None and self.target.dim() == 2
+
+    @property
+    def targets_per_row(self) -> int:
+        """K, how many classes of each row are picked."""
+        if self.target is None:
+            return 0
+        return self.target.shape[1] if self.several_targets else 1
 
     @property
     def leaves_out(self) -> bool:

@@ -39,13 +39,14 @@ _compensates = True
 
 
 def worthwhile(problem: Problem, needs_grad: list[bool]) -> bool:
-    """Whether to take the sparse backward, which knows no gradients of maximum and entropy.
+    """Whether to take the sparse backward, which knows one target a row and no gradients of maximum and entropy.
 
     Not where the bias needs a gradient, where planning costs more time than it saves, or where the logit map has a
     slope without a known bound, which the fixed-point sums need.
     """
     flops = 2 * problem.num_rows * problem.vocab_size * problem.width
-    return flops >= LEAST_FLOPS and not needs_grad[2] and problem.logit_map.slope_bound is not None
+    known = not problem.several_targets and problem.logit_map.slope_bound is not None
+    return known and flops >= LEAST_FLOPS and not needs_grad[2]
 
 
 def backward(

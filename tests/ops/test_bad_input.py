@@ -1,11 +1,13 @@
 """What cannot be right raises what eager PyTorch raises; what is merely odd gives what eager gives."""
 
+from dataclasses import replace
+
 import cases
 import pytest
 import torch
 import torch.nn.functional as F
 
-from cce_inductor.ops import losses
+from cce_inductor.ops import cuda, losses
 from cce_inductor.ops.library import scaled_loss, vocab_reductions
 from cce_inductor.ops.problem import Problem
 
@@ -36,6 +38,17 @@ def test_one_of_several_targets_outside_the_vocabulary():
     targets[4, 1] = 20
     with pytest.raises(RuntimeError, match="index 20 is out of bounds for dimension 1 with size 20"):
         call(SEVERAL, target=targets, ignore_index=None)
+
+
+@cases.interpreted
+@pytest.mark.parametrize("ignore_index", [None, -100])
+@pytest.mark.parametrize("place", [(0, 0), (4, 1), (5, 2)])
+def test_one_of_several_targets_outside_the_vocabulary_in_the_kernels(place, ignore_index):
+    problem = Problem.of(*SEVERAL.tensors, **SEVERAL.options)
+    targets = SEVERAL.targets.clamp(0)
+    targets[place] = 20
+    with pytest.raises(RuntimeError, match="a target lies outside"):
+        cuda.reduce(replace(problem, target=targets, ignore_index=ignore_index))
 
 
 def test_a_loss_with_its_gradients_takes_one_target_a_row():

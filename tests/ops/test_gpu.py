@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from cce_inductor.logit_map import LogitMap
-from cce_inductor.ops import cuda, sparse
+from cce_inductor.ops import cpu, cuda, sparse
 from cce_inductor.ops.library import scaled_loss, vocab_reductions
 from cce_inductor.ops.problem import MIB
 
@@ -40,6 +40,16 @@ def mass(request, monkeypatch):
     return request.param
 
 
+@pytest.fixture(params=[None, 5, 64], ids=lambda picks: f"{picks or 1} targets")
+def picks(request):
+    """How many targets a row has in a second dimension."""
+    return request.param
+
+
+def targets(vocab, rows, picks=None):
+    return torch.randint(0, vocab, (rows,) if picks is None else (rows, picks), device="cuda")
+
+
 def random(*shape, dtype=BF16, scale=1.0):
     return torch.randn(shape, device="cuda", dtype=dtype).mul_(scale)
 
@@ -56,6 +66,14 @@ def random(*shape, dtype=BF16, scale=1.0):
         {"rows": 40, "vocab": 300, "width": 64, "dtype": BF16, "strides": "expanded", "ignore_index": None},
         {"rows": 1000, "vocab": 5003, "width": 128, "dtype": BF16, "max": True, "entropy": True},
         {"rows": 300, "vocab": 3001, "width": 129, "dtype": FP16, "logit_map": "9.0*tanh(z/9.0)", "entropy": True},
+        {"rows": 1000, "vocab": 5003, "width": 128, "dtype": BF16, "picks": 5},
+        {"rows": 1000, "vocab": 5003, "width": 129, "dtype": BF16, "picks": 64, "total": False, "bias": False},
+        {"rows": 300, "vocab": 3001, "width": 128, "dtype": FP16, "picks": 64, "max": True, "entropy": True},
+        {"rows": 300, "vocab": 301, "width": 72, "dtype": BF16, "picks": 64, "logit_map": "9.0*tanh(z/9.0)"},
+        {"rows": 257, "vocab": 3001, "width": 64, "dtype": FP32, "compute_dtype": BF16, "picks": 5},
+        {"rows": 40, "vocab": 300, "width": 64, "dtype": BF16, "picks": 1, "ignore_index": None},
+        {"rows": 40, "vocab": 3, "width": 64, "dtype": BF16, "picks": 9, "ignore_index": 1},
+        {"rows": 40, "vocab": 300, "width": 64, "dtype": BF16, "picks": 0},
         {"rows": 1, "vocab": 1, "width": 1, "dtype": BF16, "bias": False},
         {"rows": 130, "vocab": 257, "width": 65, "dtype": FP32},
         {"rows": 130, "vocab": 257, "width": 65, "dtype": FP64},
@@ -96,37 +114,48 @@ def test_gradients_that_approximate_next_to_nothing_are_no_worse_than_eagers(cas
     cases.assert_no_worse(case.names, results, cases.exact(case), cases.eager(case), cases.uncertainty(case))
 
 
-def test_gradients_are_the_same_bits_every_run(mass):
+@pytest.mark.parametrize("picks", [5, 64])
+def test_several_targets_of_a_row_go_through_the_kernels(picks, monkeypatch):
+    """Half of a row's are the same class, and half lie close together."""
+    case = cases.Case(1000, 5003, 128, BF16, picks=picks, device="cuda")
+    case.targets[:, picks // 2 :] %= 2
+    case.targets[500:, : picks // 2] %= 300
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(cpu, name, None)
+    cases.assert_no_worse_than_eager(case, cases.ours(case, cuda))
+
+
+def test_gradients_are_the_same_bits_every_run(mass, picks):
     hidden, weight = random(3000, 512).requires_grad_(), random(20001, 512).requires_grad_()
-    target = torch.randint(0, 20001, (3000,), device="cuda")
+    target = targets(20001, 3000, picks)
 
     def gradients():
         lse, picked = plain(hidden, weight, target, 16, mass)
-        return torch.autograd.grad((lse - picked).mean(), (hidden, weight))
+        return torch.autograd.grad(lse.mean() - picked.mean(), (hidden, weight))
 
     first = gradients()
     for _ in range(3):
         assert all(map(torch.equal, gradients(), first))
 
 
-def test_nothing_waits_for_the_gpu(mass):
+def test_nothing_waits_for_the_gpu(mass, picks):
     hidden, weight = random(300, 64).requires_grad_(), random(1000, 64).requires_grad_()
-    target = torch.randint(0, 1000, (300,), device="cuda")
+    target = targets(1000, 300, picks)
     torch.cuda.set_sync_debug_mode("error")
     try:
         lse, picked = plain(hidden, weight, target, approximate_mass=mass)
-        (lse - picked).mean().backward()
+        (lse.mean() - picked.mean()).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_it_can_be_captured_into_a_cuda_graph(mass):
+def test_it_can_be_captured_into_a_cuda_graph(mass, picks):
     hidden, weight = random(300, 64).requires_grad_(), random(1000, 64).requires_grad_()
-    target = torch.randint(0, 1000, (300,), device="cuda")
+    target = targets(1000, 300, picks)
 
     def step():
         lse, picked = plain(hidden, weight, target, approximate_mass=mass)
-        return torch.autograd.grad((lse - picked).mean(), (hidden, weight))
+        return torch.autograd.grad(lse.mean() - picked.mean(), (hidden, weight))
 
     expected = step()
     stream = torch.cuda.Stream()

@@ -34,7 +34,7 @@ def small_blocks():
 
 
 @st.composite
-def problems(draw, picks=(None, None, 1, 3)):
+def problems(draw, picks=(None, None, 1, 4, 17)):
     dtype = draw(st.sampled_from(DTYPES))
     return cases.Case(
         rows=draw(st.integers(1, 37)),
@@ -92,6 +92,32 @@ def test_a_class_may_be_the_ignored_one(implementation, ignore_index):
     assert (case.targets == ignore_index).sum() > 3
     results = cases.ours(case, implementation, workspace_bytes=1024)
     cases.assert_no_worse_than_eager(case, results, interpreted=implementation is cuda)
+
+
+@pytest.mark.parametrize("picks", [5, 64])
+@pytest.mark.parametrize("where", ["anywhere", "one tile", "one class", "two classes in turn", "descending"])
+def test_several_targets_of_a_row(implementation, picks, where):
+    """Each counts for itself, however many of a row lie in a tile or are the same class, and in whatever order."""
+    case = cases.Case(37, 150, 12, picks=picks, max=True, entropy=True)
+    of_rows = torch.arange(37).unsqueeze(1)
+    case.targets = {
+        "anywhere": case.targets.clamp(0),
+        "one tile": 96 + case.targets % 32,
+        "one class": (41 * of_rows % 150).expand(37, picks),
+        "two classes in turn": (of_rows + 90 * torch.arange(picks) % 180) % 150,
+        "descending": 149 - of_rows - torch.arange(picks),
+    }[where]
+    results = cases.ours(case, implementation, workspace_bytes=8192)
+    cases.assert_no_worse_than_eager(case, results, interpreted=implementation is cuda)
+
+
+@cases.interpreted
+@pytest.mark.parametrize("picks", [1, 5, 64])
+def test_several_targets_of_a_row_go_through_the_kernels(picks, monkeypatch):
+    case = cases.Case(19, 80, 12, picks=picks)
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(cpu, name, None)
+    cases.assert_no_worse_than_eager(case, cases.ours(case, cuda), interpreted=True)
 
 
 @settings(max_examples=10)
@@ -185,9 +211,10 @@ def test_a_bias_of_minus_infinity_removes_a_class(implementation):
     assert grad_weight[33:].count_nonzero() == grad_bias[33:].count_nonzero() == 0
 
 
-@pytest.mark.parametrize(("rows", "vocab", "width"), [(0, 5, 3), (3, 5, 0), (0, 5, 0)])
-def test_empty_problems(implementation, rows, vocab, width):
-    case = cases.Case(rows, vocab, width)
+@pytest.mark.parametrize("picks", [None, 0, 3])
+@pytest.mark.parametrize(("rows", "vocab", "width"), [(0, 5, 3), (3, 5, 0), (0, 5, 0), (3, 5, 3)])
+def test_empty_problems(implementation, rows, vocab, width, picks):
+    case = cases.Case(rows, vocab, width, picks=picks)
     cases.assert_no_worse_than_eager(case, cases.ours(case, implementation))
 
 

@@ -40,8 +40,9 @@ def peak_bytes(function, device="cpu"):
 
 
 def vectors(problem):
-    """A dozen of the rows, in 64 bits, and of the classes."""
-    return 12 * (2 * problem.num_rows + problem.vocab_size) * FLOAT + 64 * ALLOCATION
+    """A dozen of the rows, in 64 bits, of the classes, and of several targets of each row."""
+    targets = problem.num_rows * problem.targets_per_row if problem.several_targets else 0
+    return 12 * (2 * problem.num_rows + problem.vocab_size + targets) * FLOAT + 64 * ALLOCATION
 
 
 def cpu_bound(problem, kept=0):
@@ -56,7 +57,7 @@ def cpu_bound(problem, kept=0):
 
 
 @st.composite
-def problems(draw):
+def problems(draw, picks=(None,)):
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
     case = cases.Case(
         rows=draw(st.sampled_from([1, 7, 300, 1024, 1500])),
@@ -66,6 +67,7 @@ def problems(draw):
         compute_dtype=draw(st.sampled_from([dtype, torch.bfloat16])),
         logit_map=draw(st.sampled_from(cases.MAPS)),
         bias=draw(st.booleans()),
+        picks=draw(st.sampled_from(picks)),
         total=draw(st.booleans()),
         class_weight=draw(st.booleans()),
         max=draw(st.booleans()),
@@ -76,7 +78,7 @@ def problems(draw):
 
 
 @settings(max_examples=25)
-@given(problems())
+@given(problems(picks=(None, None, 1, 5, 64)))
 def test_on_a_cpu(given):
     case, problem = given
     peak, results = peak_bytes(lambda: cpu.forward(problem))
@@ -185,6 +187,16 @@ def test_the_kernels_in_the_interpreter(size, workspace):
 
 
 @pytest.mark.gpu
+def test_of_several_targets_on_a_gpu():
+    assert_within_bounds("cuda", SIZES[0], 16 * MIB, 0.0, False, torch.bfloat16, picks=64)
+
+
+@cases.interpreted
+def test_of_several_targets_in_the_interpreter():
+    assert_within_bounds("cpu", (70, 200, 24), 1, 0.0, False, torch.float32, picks=64)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("workspace", [16, 256])
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -208,8 +220,8 @@ def assert_kept_within_bounds(device, size, workspace_bytes, bias, dtype):
     assert peak <= kept_bound(problem)
 
 
-def assert_within_bounds(device, size, workspace_bytes, mass, skip_ignored, dtype):
-    case = cases.Case(*size, dtype, bias=False, total=False, class_weight=False, device=device)
+def assert_within_bounds(device, size, workspace_bytes, mass, skip_ignored, dtype, picks=None):
+    case = cases.Case(*size, dtype, picks=picks, bias=False, total=False, class_weight=False, device=device)
     case.hidden, case.weight = case.hidden * 0.1, case.weight * 0.1
     problem = case.problem(workspace_bytes=workspace_bytes, approximate_mass=mass, skip_ignored=skip_ignored)
     peak, results = peak_bytes(lambda: cuda.forward(problem), device)

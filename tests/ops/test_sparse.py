@@ -8,9 +8,11 @@ from cases import INTERPRETED, MAPS, NOT_INTERPRETED, Case, assert_no_worse, eag
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cce_inductor.compat import FakeTensorMode
 from cce_inductor.kernels import active as active_rules
 from cce_inductor.ops import cuda, row_lists, sparse
-from cce_inductor.ops.problem import Tiles, evenly_spaced
+from cce_inductor.ops.library import vocab_reductions
+from cce_inductor.ops.problem import Problem, Reductions, Tiles, evenly_spaced
 from cce_inductor.ops.row_lists import Active, RowLists, Skipped
 
 TILE_ROWS, TILE_WIDTH, PART = 16, 32, 16  # of the interpreter's tiles
@@ -224,6 +226,21 @@ def test_the_forward_records_the_target_in_its_tile_and_elsewhere_the_heaviest_t
         heaviest = found >= of_tile.amax(1) - cut_off - 1e-5 * of_tile.amax(1).abs()
         holds_target = (case.targets // TILE_WIDTH == number) & (case.targets != case.ignore_index)
         assert torch.where(holds_target, columns == case.targets % TILE_WIDTH, heaviest).all()
+
+
+@pytest.mark.parametrize(("picks", "may_skip"), [(None, True), (1, False), (3, False)])
+def test_several_targets_of_a_row_are_left_to_the_exact_backward(picks, may_skip, monkeypatch):
+    """For them nothing is recorded, as the fake implementation knows too."""
+    monkeypatch.setattr(sparse, "LEAST_FLOPS", 0)
+    monkeypatch.setattr(cuda, "device_properties", lambda _: ((9, 0), 132))
+    options = Case(9, 300, 6, torch.bfloat16, total=False).options | {"approximate_mass": 2**-4}
+    with FakeTensorMode():
+        hidden, weight = (torch.empty(rows, 6, dtype=torch.bfloat16, device="cuda") for rows in (9, 300))
+        target = torch.empty((9,) if picks is None else (9, picks), dtype=torch.int64, device="cuda")
+        problem = Problem.of(hidden, weight, None, target, None, **options)
+        results = Reductions(*vocab_reductions(hidden, weight, None, target, None, **options))
+        assert sparse.worthwhile(problem, [True, True, False]) == cuda.may_skip(problem) == may_skip
+    assert results.tile_lse.shape == results.tile_top.shape == ((2 if may_skip else 0), 9)
 
 
 def rests_of(tiles):
