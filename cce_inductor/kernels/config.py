@@ -40,8 +40,8 @@ def kept_config(capability: tuple[int, int] | None) -> TileConfig:
 
 
 def stored_config(capability: tuple[int, int] | None) -> TileConfig:
-    """For passes over float32 logits that are in memory: rows so long that memory is read in long pieces."""
-    return INTERPRETER if capability is None else TileConfig(8, 512, 16, num_warps=8, num_stages=1)
+    """For passes over float32 logits that are in memory: long rows, so that memory is read in long pieces."""
+    return INTERPRETER if capability is None else TileConfig(4, 1024, 16, num_warps=8, num_stages=1)
 
 
 @dataclass(frozen=True)

@@ -143,9 +143,11 @@ def gradient_stored_kernel(
         position, inside = position_in_tile(targets, first_column + column, ignore_index, HAS_IGNORE_INDEX, BLOCK_V)
         if tl.max(inside.to(tl.int32), 0) > 0:  # few tiles hold targets
             hit = tl.arange(0, BLOCK_V)[None, :] == position[:, None]
-            target_grad = tl.load(grad_picked + rows, mask=row_mask, other=0.0)[:, None]
+            target_grad = tl.load(grad_picked + rows, mask=row_mask, other=0.0)
+            lack = expm1(tl.sum(tl.where(hit, log_p, 0.0), 1))
+            factor = tl.sum(tl.where(hit, scale, 0.0), 1)
             # p * scale + target_grad: of a certain row, nothing but what p lacks of 1
-            dx = tl.where(hit, expm1(log_p) * scale + (scale + target_grad), dx)
+            dx = tl.where(hit, (lack * factor + (factor + target_grad))[:, None], dx)
     if HAS_MAXIMUM:
         highest = tl.load(argmax + rows, mask=row_mask, other=-1)
         maximum_grad = tl.load(grad_maximum + rows, mask=row_mask, other=0.0)
