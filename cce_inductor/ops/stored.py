@@ -4,7 +4,7 @@ In float32 no product is faster than cuBLAS's, and `torch.backends.cuda.matmul` 
 block, one turns it into dz, in its place.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,29 +46,59 @@ def backward(
     return exact_backward(problem, needs_grad, block_rows, block_columns, fill)
 
 
+class _TileResults(NamedTuple):
+    """What the kernel stores of each vocabulary tile and row, [tiles, N]; None where nobody wants it."""
+
+    tile_peak: Tensor
+    tile_sum: Tensor
+    tile_spread: Tensor | None
+    tile_total: Tensor | None
+    tile_argmax: Tensor | None  # int32
+
+    @classmethod
+    def allocate(cls, problem: Problem, tiles: int, num_rows: int) -> "_TileResults":
+        peak, sums = (problem.hidden.new_empty(tiles, num_rows) for _ in range(2))
+        return cls(
+            peak,
+            sums,
+            torch.empty_like(peak) if problem.want_entropy else None,
+            torch.empty_like(peak) if problem.want_total else None,
+            torch.empty_like(peak, dtype=torch.int32) if problem.want_max else None,
+        )
+
+    def of(self, first_tile: int, rows: slice) -> dict[str, Tensor | None]:
+        """Those of some rows and of the tiles from one on, by the names that the kernel has for them."""
+        return {name: None if of_all is None else of_all[first_tile:, rows] for name, of_all in self._asdict().items()}
+
+    def combined(self, problem: Problem, picked: Tensor) -> Reductions:
+        """Of the whole vocabulary."""
+        peaks, sums, spreads, totals, places = self
+        lse, lse_rest = log_sum(peaks, sums)
+        nothing = problem.zeros(0)
+        maximum, argmax = nothing, nothing.long()
+        if places is not None:
+            maximum, argmax = largest(torch.where(sums == 0, -torch.inf, peaks), places, lse)
+        entropy = nothing if spreads is None else entropy_of(peaks, sums, spreads)
+        total = torch.zeros_like(lse) if totals is None else totals.sum(0)
+        return Reductions(lse, picked, total, maximum, argmax, entropy, lse_rest, *problem.tiles(0))
+
+
 def reduce_rows(problem: Problem, group: slice, workspace: Tensor, kept: KeptLogits) -> Reductions:
     """The reductions of a group of rows. Logits that are not kept go to the workspace, [rows, columns] at a time."""
     block_rows, block_columns = workspace.shape
     tile_columns = stored_config(device_properties(workspace.device)[0]).block_v
-    num_rows, slices = group.stop - group.start, list(spans(problem.vocab_size, block_columns))
-    tiles_of = [-(-(columns.stop - columns.start) // tile_columns) for columns in slices]
-    peak, sums = (problem.hidden.new_empty(sum(tiles_of), num_rows) for _ in range(2))
-    spread = torch.empty_like(peak) if problem.want_entropy else None
-    total = torch.empty_like(peak) if problem.want_total else None
-    argmax = torch.empty_like(peak, dtype=torch.int32) if problem.want_max else None
+    whole_slices, columns_left = divmod(problem.vocab_size, block_columns)
+    slice_tiles = -(-block_columns // tile_columns)
+    num_rows = group.stop - group.start
+    tiles = _TileResults.allocate(problem, whole_slices * slice_tiles - (-columns_left // tile_columns), num_rows)
     picked = problem.zeros(num_rows)
-    first_tile = 0
-    for columns, tiles in zip(slices, tiles_of, strict=True):
+    for number, columns in enumerate(spans(problem.vocab_size, block_columns)):
         weight = problem.weight_rows(columns)
         for rows in spans(group.stop, block_rows, group.start):
             here = slice(rows.start - group.start, rows.stop - group.start)
             place = kept.block(rows, columns)
             z = workspace[: rows.stop - rows.start, : len(weight)] if place is None else place
             torch.mm(problem.hidden[rows], weight.T, out=z)
-
-            def of_tiles(results: Tensor | None, first: int = first_tile, here: slice = here) -> Tensor | None:
-                return None if results is None else results[first:, here]
-
             _launch(
                 reduce_stored_kernel,
                 problem,
@@ -76,33 +106,13 @@ def reduce_rows(problem: Problem, group: slice, workspace: Tensor, kept: KeptLog
                 columns,
                 z,
                 picked=picked[here],
-                tile_peak=of_tiles(peak),
-                tile_sum=of_tiles(sums),
-                tile_spread=of_tiles(spread),
-                tile_total=of_tiles(total),
-                tile_argmax=of_tiles(argmax),
                 stride_tile=num_rows,
                 VALUE=template.load(problem.logit_map).value,
                 WANT_MAX=problem.want_max,
                 WANT_ENTROPY=problem.want_entropy,
+                **tiles.of(number * slice_tiles, here),
             )
-        first_tile += tiles
-    lse, lse_rest = log_sum(peak, sums)
-    nothing = problem.zeros(0)
-    maximum, places = nothing, nothing.long()
-    if argmax is not None:
-        maximum, places = largest(torch.where(sums == 0, -torch.inf, peak), argmax, lse)
-    return Reductions(
-        lse=lse,
-        picked=picked,
-        total=torch.zeros_like(lse) if total is None else total.sum(0),
-        maximum=maximum,
-        argmax=places,
-        entropy=nothing if spread is None else entropy_of(peak, sums, spread),
-        lse_rest=lse_rest,
-        tile_lse=problem.tiles(0).lse,
-        tile_top=problem.tiles(0).top,
-    )
+    return tiles.combined(problem, picked)
 
 
 def gradient_of(problem: Problem, lse: Tensor, grads: RowGradients, kept: KeptLogits, at_hand: bool) -> Fill:
