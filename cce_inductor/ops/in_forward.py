@@ -4,8 +4,8 @@
 
 The backward of `vocab_reductions` computes the logits a second time, because it has to wait for the gradient of the
 loss. Here the gradients are those for a gradient of one, computed while the logits are at hand; the real one multiplies
-them later. Where Triton kernels compute the logits, `cuda_loss.py` does that. Where ATen or `stored.py` does, the logits of
-all rows need not be at hand at once:
+them later. Where Triton kernels compute the logits, `cuda_loss.py` does that. Where ATen or cuBLAS does (`stored.py`),
+the logits of all rows need not be at hand at once:
 
 - where the sum over rows of the weight's gradient can be kept in its place without loss (float32 and float64 weights),
   rows are taken in groups whose logits fit in the workspace;
