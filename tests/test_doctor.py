@@ -143,7 +143,8 @@ PLANS = {  # of an H100 or an A100: (dtype, rows, vocab, width, approximate_mass
     "small": ((9, 0), (torch.bfloat16, 1024, 50257, 768, 2.0**-4), "by TMA, exact backward"),
     "odd width": ((9, 0), (torch.bfloat16, 8192, 128256, 4098, 2.0**-4), "by pointers, sparse backward"),
     "Ampere": ((8, 0), (torch.float16, 8192, 128256, 4096, 2.0**-4), "by pointers, sparse backward"),
-    "float32": ((9, 0), (torch.float32, 8192, 128256, 4096, 2.0**-4), "ATen on the GPU, exact gradients"),
+    "float32": ((9, 0), (torch.float32, 8192, 128256, 4096, 2.0**-4), "cuBLAS, Triton passes over blocks of logits"),
+    "float64": ((9, 0), (torch.float64, 8192, 128256, 4096, 2.0**-4), "ATen on the GPU, exact gradients"),
 }
 
 

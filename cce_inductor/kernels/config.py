@@ -39,6 +39,11 @@ def kept_config(capability: tuple[int, int] | None) -> TileConfig:
     return TileConfig(min(32, forward.block_n), forward.block_v, 16, num_warps=8, num_stages=1, programs=3)
 
 
+def stored_config(capability: tuple[int, int] | None) -> TileConfig:
+    """For passes over float32 logits that are in memory: long rows, so that memory is read in long pieces."""
+    return INTERPRETER if capability is None else TileConfig(4, 1024, 16, num_warps=8, num_stages=1)
+
+
 @dataclass(frozen=True)
 class ProductConfig:
     """How the sparse backward cuts the gradients that its blocks are multiplied to."""

@@ -41,6 +41,12 @@ def tanh(x):
 
 
 @triton.jit
+def expm1(x):
+    """exp(x) - 1, which cancels near zero where tanh does not."""
+    return tanh(0.5 * x) * (exp(x) + 1.0)
+
+
+@triton.jit
 def gt(a, b):
     return a > b
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .blocks import ALIGNMENT, Fill, exact_backward
+from .combine import entropy_of, log_sum
 from .counted import counted_rows, spread, with_rows
 from .kept import KeptLogits
 from .problem import LEAST_LOG, MIB, Problem, Reductions, RowGradients, Tiles, spans
@@ -162,8 +163,8 @@ def reduce_rows(
             if tile:
                 sums = _tile_sums(difference, tile).log_().add_(slice_peak[number, here])
                 tile_lse[columns.start // tile :, here][: len(sums)] = sums
-    lse, lse_rest = _log_sum(slice_peak, slice_sum)
-    entropy = _entropy(slice_peak, slice_sum, slice_spread) if problem.want_entropy else problem.zeros(0)
+    lse, lse_rest = log_sum(slice_peak, slice_sum)
+    entropy = entropy_of(slice_peak, slice_sum, slice_spread) if problem.want_entropy else problem.zeros(0)
     tile_top = problem.tiles(0).top
     return Reductions(lse, picked, slice_total.sum(0), maximum, argmax, entropy, lse_rest, tile_lse, tile_top)
 
@@ -195,40 +196,6 @@ def _tile_sums(exp: Tensor, tile: int) -> Tensor:
     whole = exp.shape[1] // tile * tile
     sums = exp[:, :whole].unflatten(1, (-1, tile)).sum(2)
     return sums.T if whole == exp.shape[1] else torch.cat([sums, exp[:, whole:].sum(1, keepdim=True)], 1).T
-
-
-def _shifts(peaks: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
-    """(peak [rows], peaks - peak [slices, rows]): the largest of the slices' peaks, and how far they lie below it."""
-    peaks = torch.where(sums == 0, -torch.inf, peaks)
-    peak = peaks.amax(0)
-    peak = peak.masked_fill(peak == -torch.inf, 0.0)
-    return peak, peaks - peak
-
-
-def _entropy(peaks: Tensor, sums: Tensor, spreads: Tensor) -> Tensor:
-    """log s - t / s, s the sum over all columns of exp(x - peak), t that of exp(x - peak) * (x - peak): both terms are
-    positive, so that nothing cancels in confident rows."""
-    if len(peaks) == 0:
-        return sums.sum(0)
-    _, shift = _shifts(peaks, sums)
-    scale = shift.exp()
-    total = (scale * sums).sum(0)
-    return total.log() - (scale * (spreads + sums * shift.clamp(min=LEAST_LOG))).sum(0) / total
-
-
-def _log_sum(peaks: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
-    """(lse, lse_rest): the log of the sum over slices of exp(peak) * sum, and what rounding took from it.
-
-    Where one logit stands out, the log-sum-exp exceeds it by less than a rounding of either. Losses of confident rows
-    are nothing but that difference, and `torch.log_softmax` keeps it.
-    """
-    if len(peaks) == 0:
-        nothing = sums.sum(0)
-        return nothing.log(), nothing
-    peak, shift = _shifts(peaks, sums)
-    log_sum = (sums * shift.exp()).sum(0).log()
-    lse = peak + log_sum
-    return lse, torch.where(lse.isfinite(), log_sum - (lse - peak), 0.0)
 
 
 def _weighted_sum(problem: Problem, x: Tensor, columns: slice) -> Tensor:

@@ -1,4 +1,7 @@
-"""The operators on a GPU: Triton kernels for the logits, cuBLAS for the plain matmuls of the backward."""
+"""The operators on a GPU: Triton kernels for 16-bit logits, cuBLAS for the plain matmuls of the backward.
+
+`stored.py` has the way of float32. All else goes through ATen.
+"""
 
 import itertools
 from collections.abc import Callable, Hashable
@@ -17,8 +20,9 @@ from ..kernels.config import TileConfig, kept_config, tile_config
 from ..kernels.forward import forward_kernel
 from ..kernels.picked import picked_kernel
 from ..kernels.targets import targets_kernel
-from . import cpu, sparse
+from . import cpu, sparse, stored
 from .blocks import ALIGNMENT, Fill, exact_backward
+from .combine import largest
 from .fallback import first_that_runs, smaller
 from .kept_tiles import KeptTiles, Place, kept_arguments
 from .launch import can_use_tma, describable, device_properties, ignore_arguments, interpretable
@@ -30,7 +34,7 @@ BAD_TARGET = "cce_inductor: a target lies outside [0, vocabulary size) and is no
 
 
 def supported(problem: Problem) -> bool:
-    """Whether the Triton kernels cover the problem; `cpu.py` computes the rest with ATen on the same device.
+    """Whether the Triton kernels that multiply cover the problem.
 
     Not covered: float64; float32, where cuBLAS is faster than a Triton kernel without tensor cores, and its TF32
     rounds the operands where Triton cuts them off; empty operands.
@@ -61,9 +65,14 @@ def recorded_tiles(
 def forward(problem: Problem) -> Reductions:
     """With a record of each tile for a sparse backward.
 
-    lse_rest is zero here: the rounding of 16-bit operands outweighs it by far.
+    lse_rest is zero in 16 bits: the rounding of the operands outweighs it by far.
     """
-    ways = {"the Triton forward": lambda: reduce(problem)} if supported(problem) else {}
+    ways = {}
+    if stored.supported(problem):
+        ways["the forward over stored logits"] = lambda: _stored_forward(problem)
+        ways["the forward over stored logits in less memory"] = lambda: _stored_forward(smaller(problem))
+    elif supported(problem):
+        ways["the Triton forward"] = lambda: reduce(problem)
     return first_that_runs(
         kind(problem),
         {
@@ -93,6 +102,11 @@ def _recorded_tiles(problem: Problem) -> int:
 def may_skip(problem: Problem) -> bool:
     """Whether the backward for hidden states and weight is sparse."""
     return _recorded_tiles(problem) > 0 and sparse.worthwhile(problem, [True, True, False])
+
+
+def _stored_forward(problem: Problem) -> Reductions:
+    assert_targets(problem)
+    return stored.forward(problem, *block_shape(problem))
 
 
 def _aten_forward(problem: Problem) -> Reductions:
@@ -175,11 +189,8 @@ class _TileResults:
         if self.total is not None:
             total = counted(self.total.sum(0), 0.0)
         if self.maximum is not None and self.argmax is not None:
-            maximum, tile = self.maximum.max(0)
-            # the kernel overlooks nan, which counts as the largest
-            maximum = torch.where(lse.isnan() & (maximum != float("inf")), float("nan"), maximum)
-            argmax = counted(self.argmax.gather(0, tile.unsqueeze(0)).squeeze(0).long(), 0)
-            maximum = counted(maximum, 0.0)
+            maximum, argmax = largest(self.maximum, self.argmax, lse)
+            maximum, argmax = counted(maximum, 0.0), counted(argmax, 0)
         if self.entropy is not None:
             entropy = counted(_entropy(self.lse - lse, self.entropy), 0.0)
         lse = counted(lse, float("inf"))
@@ -272,8 +283,14 @@ def backward(
     def exact(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
         return _exact_backward(problem, lse, grads, needs_grad)
 
+    def over_stored_logits(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+        return stored.backward(problem, lse, grads, needs_grad, *block_shape(problem))
+
     ways: dict[str, Callable] = {}
-    if supported(problem):
+    if stored.supported(problem):
+        ways["the backward over stored logits"] = lambda: over_stored_logits(problem)
+        ways["the backward over stored logits in less memory"] = lambda: over_stored_logits(smaller(problem))
+    elif supported(problem):
         plain = grads.maximum is None and grads.entropy is None
         if len(tiles.lse) > 0 and plain and sparse.worthwhile(problem, needs_grad):
             ways["the sparse backward"] = lambda: sparse.backward(problem, *saved)

@@ -25,13 +25,15 @@ class KeptLogits:
         """Room in the memory of grad_weight, contiguous and not yet written, and in a workspace."""
         dtype = problem.compute_dtype
         slices = list(spans(problem.vocab_size, block_columns))
-        size = group_rows * block_columns
+        sizes = [group_rows * (columns.stop - columns.start) for columns in slices]
         places: list[Tensor] = []
-        if grad_weight.itemsize >= dtype.itemsize and size > 0:
+        if grad_weight.itemsize >= dtype.itemsize and group_rows > 0:
             room = grad_weight.flatten().view(dtype)
-            step = max(size, block_columns * problem.width * grad_weight.itemsize // dtype.itemsize)
-            places = [room[start : start + size] for start in range(0, room.numel() - size + 1, step)][: len(slices)]
-        sizes = [group_rows * (columns.stop - columns.start) for columns in slices[len(places) :]]
+            step = block_columns * max(group_rows, problem.width * grad_weight.itemsize // dtype.itemsize)
+            starts = range(0, step * len(slices), step)
+            starts_and_sizes = zip(starts, sizes, strict=True)
+            places = [room[start : start + size] for start, size in starts_and_sizes if start + size <= room.numel()]
+        sizes = sizes[len(places) :]
         while sum(sizes) * dtype.itemsize > workspace_bytes:
             sizes.pop()
         return cls(group_rows, block_columns, [*places, *problem.hidden.new_empty(sum(sizes)).split(sizes)])

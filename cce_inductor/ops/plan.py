@@ -3,7 +3,7 @@
 import torch
 
 from ..compat import FakeTensorMode
-from . import cpu_sparse, cuda
+from . import cpu_sparse, cuda, stored
 from .launch import has_tma
 from .library import pays_in_forward
 from .problem import Problem
@@ -26,6 +26,8 @@ def plan(
         )
     pays = pays_in_forward(device, dtype, approximate_mass, needs_grad_weight=True)
     once = ", in the forward where the loss is alone" if pays else ""
+    if stored.supported(problem):
+        return f"products by cuBLAS, Triton passes over blocks of logits, exact gradients{once}"
     if device.type != "cuda" or not cuda.supported(problem):
         once += ", sparse there if the softmax is peaked" if once and cpu_sparse.may_skip(problem) else ""
         return f"blocks through ATen on the {'GPU' if device.type == 'cuda' else 'CPU'}, exact gradients{once}"

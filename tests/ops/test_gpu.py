@@ -228,12 +228,14 @@ def test_int64_offsets_into_the_hidden_states(width):
     check_against_a_float32_reference(hidden, weight, target)
 
 
-@pytest.mark.parametrize("width", [64, 65], ids=["descriptors", "pointers"])
-def test_int64_offsets_into_the_workspace_and_the_tiles(width):
+@pytest.mark.parametrize(
+    ("width", "dtype"), [(64, BF16), (65, BF16), (64, FP32)], ids=["descriptors", "pointers", "float32"]
+)
+def test_int64_offsets_into_the_workspace_and_the_tiles(width, dtype):
     rows, vocab = 33000, 66000
-    hidden, weight = random(rows, width, scale=0.3), random(vocab, width, scale=0.3)
+    hidden, weight = (random(size, width, dtype=dtype, scale=0.3) for size in (rows, vocab))
     target = torch.randint(0, vocab, (rows,), device="cuda")
-    check_against_a_float32_reference(hidden, weight, target, workspace_mib=2 * rows * vocab // MIB)
+    check_against_a_float32_reference(hidden, weight, target, workspace_mib=dtype.itemsize * rows * vocab // MIB)
 
 
 def check_against_a_float32_reference(hidden, weight, target, workspace_mib=256):
@@ -351,26 +353,28 @@ def test_gradients_from_kept_logits_are_the_same_bits_every_run(shape):
         assert all(map(torch.equal, losses_and_gradients(mean_loss, *problem, workspace_mib=workspace), first))
 
 
-def test_nothing_waits_for_the_gpu_in_the_forward_with_gradients():
-    problem = leaves_of(1000, 20000, 128, 8.0)
-    losses_and_gradients(mean_loss, *problem, workspace_mib=4)
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_nothing_waits_for_the_gpu_in_the_forward_with_gradients(dtype):
+    problem = leaves_of(1000, 20000, 128, 8.0, dtype=dtype)
+    losses_and_gradients(mean_loss, *problem, compute_dtype=dtype, workspace_mib=4)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        losses_and_gradients(mean_loss, *problem, workspace_mib=4)
+        losses_and_gradients(mean_loss, *problem, compute_dtype=dtype, workspace_mib=4)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_the_forward_with_gradients_can_be_captured_into_a_cuda_graph():
-    problem = leaves_of(1000, 20000, 128, 8.0)
-    expected = losses_and_gradients(mean_loss, *problem, workspace_mib=4)
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_the_forward_with_gradients_can_be_captured_into_a_cuda_graph(dtype):
+    problem = leaves_of(1000, 20000, 128, 8.0, dtype=dtype)
+    expected = losses_and_gradients(mean_loss, *problem, compute_dtype=dtype, workspace_mib=4)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        losses_and_gradients(mean_loss, *problem, workspace_mib=4)
+        losses_and_gradients(mean_loss, *problem, compute_dtype=dtype, workspace_mib=4)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = losses_and_gradients(mean_loss, *problem, workspace_mib=4)
+        captured = losses_and_gradients(mean_loss, *problem, compute_dtype=dtype, workspace_mib=4)
     for result in captured:
         result.zero_()
     graph.replay()
@@ -394,3 +398,45 @@ def test_int64_offsets_into_kept_logits(rows, vocab, width, workspace_mib):
     for mine, theirs in zip(ours, losses_and_gradients(again, *leaves, target), strict=True):
         last = (slice(-64, None),) if mine.dim() else ()
         assert (mine[last].float() - theirs[last].float()).norm() <= 2**-7 * theirs[last].float().norm()
+
+
+# ------------------------------------------------------------------------- float32: passes over logits that are stored
+
+STORED = {  # (rows, vocab, width, workspace in MiB)
+    "groups": (4096, 20000, 256, 64),
+    "slices, some of them kept": (3000, 20000, 512, 16),
+    "slices, all of them kept": (300, 50257, 768, 8),
+    "odd width": (1000, 20001, 129, 8),
+    "all at once": (300, 5003, 128, 256),
+}
+
+
+@pytest.mark.parametrize("how", [{}, {"logit_map": "30.0*tanh(z/30.0)"}, {"bias": True}], ids=str)
+@pytest.mark.parametrize("lead", LEADS.values(), ids=LEADS)
+@pytest.mark.parametrize("shape", STORED.values(), ids=STORED)
+def test_gradients_in_float32_are_no_worse_than_eagers(shape, lead, how):
+    """Without TF32, which is PyTorch's default."""
+    assert not torch.backends.cuda.matmul.allow_tf32
+    *sizes, workspace = shape
+    logit_map = how.get("logit_map", "z")
+    *leaves, target = leaves_of(*sizes, lead, bias="bias" in how, dtype=FP32)
+    doubles = [None if t is None else t.detach().double().requires_grad_() for t in leaves]
+    exact = losses_and_gradients(eager_mean_loss, *doubles, target, logit_map=logit_map)
+    eagers = losses_and_gradients(eager_mean_loss, *leaves, target, logit_map=logit_map)
+    how = {"logit_map": logit_map, "compute_dtype": FP32, "workspace_mib": workspace}
+    ours = losses_and_gradients(mean_loss, *leaves, target, **how)
+    # of logits of about that size: cuBLAS takes the sums of other shapes in another order
+    rounding = 4 * torch.finfo(FP32).eps * (lead + 10)
+    assert abs(ours[0] - exact[0]) <= abs(eagers[0] - exact[0]) + rounding
+    for mine, theirs, right in zip(ours[1:], eagers[1:], exact[1:], strict=True):
+        assert (mine.double() - right).norm() <= (theirs.double() - right).norm() + rounding * right.norm()
+
+
+@pytest.mark.parametrize("shape", STORED.values(), ids=STORED)
+def test_gradients_in_float32_are_the_same_bits_every_run(shape):
+    *sizes, workspace = shape
+    problem = leaves_of(*sizes, 8.0, bias=True, dtype=FP32)
+    first, second = (
+        losses_and_gradients(mean_loss, *problem, compute_dtype=FP32, workspace_mib=workspace) for _ in range(2)
+    )
+    assert all(map(torch.equal, first, second))

@@ -1,4 +1,4 @@
-"""Both implementations against the float64 specification, on problems of every shape; Triton in its interpreter."""
+"""All implementations against the float64 specification, on problems of every shape; Triton in its interpreter."""
 
 import cases
 import pytest
@@ -6,21 +6,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cce_inductor.ops import cpu, cuda
+from cce_inductor.ops import cpu, cuda, stored
 from cce_inductor.ops.problem import RowGradients
 
 # the interpreter meets nan and infinity with numpy's warnings
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-IMPLEMENTATIONS = {"aten": cpu, "triton": cuda}
+IMPLEMENTATIONS = {"aten": cpu, "triton": cuda, "stored": cuda}  # the last in float32, as on a GPU
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(params=IMPLEMENTATIONS, scope="module")
 def implementation(request):
-    if request.param == "triton" and not cases.INTERPRETED:
+    if request.param != "aten" and not cases.INTERPRETED:
         pytest.skip(cases.NOT_INTERPRETED)
-    return IMPLEMENTATIONS[request.param]
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "stored":
+            patch.setattr(stored, "supported", stored.covers)
+        yield IMPLEMENTATIONS[request.param]
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
-from cce_inductor.kernels.config import tile_config
-from cce_inductor.ops import cpu, cpu_sparse, cuda, cuda_loss, in_forward, sparse
+from cce_inductor.kernels.config import stored_config, tile_config
+from cce_inductor.ops import cpu, cpu_sparse, cuda, cuda_loss, in_forward, sparse, stored
 from cce_inductor.ops.launch import device_properties
 from cce_inductor.ops.problem import MIB
 
@@ -165,6 +165,17 @@ def sparse_bound(problem):
     return gradients_bound(problem) + scratch + skipped + cast + vectors(problem)
 
 
+def stored_bound(problem):
+    """Float32: a block of logits, a few numbers of each tile and row, results and parts of them."""
+    rows, columns = cuda.block_shape(problem)
+    block = max(problem.workspace_bytes, rows * cuda.COLUMN_MULTIPLE * FLOAT)
+    slices = -(-problem.vocab_size // columns)
+    tiles = slices + problem.vocab_size // stored_config(device_properties(problem.hidden.device)[0]).block_v
+    kinds = 8 + problem.want_total + 2 * problem.want_max + 4 * problem.want_entropy
+    gradients = (problem.num_rows + problem.vocab_size + 2 * columns) * problem.width
+    return block + (kinds * tiles * problem.num_rows + gradients) * FLOAT + vectors(problem)
+
+
 SIZES = [(8192, 65536, 2048), (1000, 50257, 768), (20000, 32000, 1024)]
 
 
@@ -210,6 +221,37 @@ def test_of_a_loss_with_its_gradients_on_a_gpu(size, workspace, bias):
 def test_of_a_loss_with_its_gradients_in_the_interpreter(workspace, bias):
     """In float16: the interpreter's bfloat16 takes copies."""
     assert_kept_within_bounds("cpu", (70, 200, 24), workspace, bias, torch.float16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("workspace", [16, 256])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_of_float32_on_a_gpu(size, workspace):
+    assert_stored_within_bounds("cuda", size, workspace * MIB)
+
+
+@cases.interpreted
+@pytest.mark.parametrize("workspace", [1, 1 << 14, 1 << 20])
+def test_of_float32_in_the_interpreter(workspace, monkeypatch):
+    monkeypatch.setattr(stored, "supported", stored.covers)
+    monkeypatch.setattr(in_forward, "SMALL", 1 << 13)
+    assert_stored_within_bounds("cpu", (70, 400, 24), workspace)
+
+
+def assert_stored_within_bounds(device, size, workspace_bytes):
+    case = cases.Case(*size, device=device, max=True, entropy=True)
+    problem = case.problem(workspace_bytes=workspace_bytes)
+    peak, results = peak_bytes(lambda: cuda.forward(problem), device)
+    assert peak <= stored_bound(problem)
+    needs, grads = [True, True, True], case.row_gradients(results)
+    peak, _ = peak_bytes(lambda: cuda.backward(problem, results.lse, results.tiles, grads, needs), device)
+    assert peak <= stored_bound(problem)
+    problem = replace(problem, want_total=False, total_weight=None, want_max=False, want_entropy=False)
+    coefficient = torch.ones(problem.num_rows, device=device)
+    peak, _ = peak_bytes(lambda: in_forward.loss_and_gradients(problem, coefficient, needs), device)
+    logits = problem.num_rows * problem.vocab_size * FLOAT
+    most = max(logits // in_forward.GPU_LOGITS_SHARE, in_forward.SMALL)
+    assert peak <= stored_bound(replace(problem, workspace_bytes=min(workspace_bytes, most)))
 
 
 def assert_kept_within_bounds(device, size, workspace_bytes, bias, dtype):

@@ -1,0 +1,178 @@
+"""The operators on a GPU in float32: cuBLAS puts blocks of logits in memory, two Triton kernels pass over them.
+
+In float32 no product is faster than cuBLAS's, and `torch.backends.cuda.matmul` says how exact it is. One pass reduces a
+block, one turns it into dz, in its place.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels import template
+from ..kernels.config import stored_config
+from ..kernels.stored import gradient_stored_kernel, reduce_stored_kernel
+from .blocks import Fill, exact_backward
+from .combine import entropy_of, largest, log_sum
+from .kept import KeptLogits
+from .launch import device_properties, ignore_arguments
+from .problem import Problem, Reductions, RowGradients, spans
+
+ALIGNMENT = 16  # rows of a block that begin at multiples of so many numbers are read in the largest pieces
+
+
+def supported(problem: Problem) -> bool:
+    """Whether this is the way to take: on a GPU, for what it covers."""
+    return problem.hidden.is_cuda and covers(problem)
+
+
+def covers(problem: Problem) -> bool:
+    """Not covered: other dtypes than float32, several targets of each row, empty operands."""
+    empty = min(problem.num_rows, problem.vocab_size, problem.width) == 0
+    return problem.compute_dtype == torch.float32 and not problem.several_targets and not empty
+
+
+def forward(problem: Problem, block_rows: int, block_columns: int) -> Reductions:
+    """With nothing recorded of tiles."""
+    workspace = problem.hidden.new_empty(block_rows, block_columns)
+    return reduce_rows(problem, slice(0, problem.num_rows), workspace, KeptLogits())
+
+
+def backward(
+    problem: Problem, lse: Tensor, grads: RowGradients, needs_grad: list[bool], block_rows: int, block_columns: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias for those of the results; always exact."""
+    fill = gradient_of(problem, lse, grads, KeptLogits(), at_hand=False)
+    return exact_backward(problem, needs_grad, block_rows, block_columns, fill)
+
+
+class _TileResults(NamedTuple):
+    """What the kernel stores of each vocabulary tile and row, [tiles, N]; None where nobody wants it."""
+
+    tile_peak: Tensor
+    tile_sum: Tensor
+    tile_spread: Tensor | None
+    tile_total: Tensor | None
+    tile_argmax: Tensor | None  # int32
+
+    @classmethod
+    def allocate(cls, problem: Problem, tiles: int, num_rows: int) -> "_TileResults":
+        peak, sums = (problem.hidden.new_empty(tiles, num_rows) for _ in range(2))
+        return cls(
+            peak,
+            sums,
+            torch.empty_like(peak) if problem.want_entropy else None,
+            torch.empty_like(peak) if problem.want_total else None,
+            torch.empty_like(peak, dtype=torch.int32) if problem.want_max else None,
+        )
+
+    def of(self, first_tile: int, rows: slice) -> dict[str, Tensor | None]:
+        """Those of some rows and of the tiles from one on, by the names that the kernel has for them."""
+        return {name: None if of_all is None else of_all[first_tile:, rows] for name, of_all in self._asdict().items()}
+
+    def combined(self, problem: Problem, picked: Tensor) -> Reductions:
+        """Of the whole vocabulary."""
+        peaks, sums, spreads, totals, places = self
+        lse, lse_rest = log_sum(peaks, sums)
+        nothing = problem.zeros(0)
+        maximum, argmax = nothing, nothing.long()
+        if places is not None:
+            maximum, argmax = largest(torch.where(sums == 0, -torch.inf, peaks), places, lse)
+        entropy = nothing if spreads is None else entropy_of(peaks, sums, spreads)
+        total = torch.zeros_like(lse) if totals is None else totals.sum(0)
+        return Reductions(lse, picked, total, maximum, argmax, entropy, lse_rest, *problem.tiles(0))
+
+
+def reduce_rows(problem: Problem, group: slice, workspace: Tensor, kept: KeptLogits) -> Reductions:
+    """The reductions of a group of rows. Logits that are not kept go to the workspace, [rows, columns] at a time."""
+    block_rows, block_columns = workspace.shape
+    tile_columns = stored_config(device_properties(workspace.device)[0]).block_v
+    whole_slices, columns_left = divmod(problem.vocab_size, block_columns)
+    slice_tiles = -(-block_columns // tile_columns)
+    num_rows = group.stop - group.start
+    tiles = _TileResults.allocate(problem, whole_slices * slice_tiles - (-columns_left // tile_columns), num_rows)
+    picked = problem.zeros(num_rows)
+    for number, columns in enumerate(spans(problem.vocab_size, block_columns)):
+        weight = problem.weight_rows(columns)
+        for rows in spans(group.stop, block_rows, group.start):
+            here = slice(rows.start - group.start, rows.stop - group.start)
+            place = kept.block(rows, columns)
+            z = workspace[: rows.stop - rows.start, : len(weight)] if place is None else place
+            torch.mm(problem.hidden[rows], weight.T, out=z)
+            _launch(
+                reduce_stored_kernel,
+                problem,
+                rows,
+                columns,
+                z,
+                picked=picked[here],
+                stride_tile=num_rows,
+                VALUE=template.load(problem.logit_map).value,
+                WANT_MAX=problem.want_max,
+                WANT_ENTROPY=problem.want_entropy,
+                **tiles.of(number * slice_tiles, here),
+            )
+    return tiles.combined(problem, picked)
+
+
+def gradient_of(problem: Problem, lse: Tensor, grads: RowGradients, kept: KeptLogits, at_hand: bool) -> Fill:
+    """Computes blocks of dz for the gradients of the results: from kept logits, or anew.
+
+    at_hand: the logits are where their gradient goes, as `reduce_rows` leaves them of a single block.
+    """
+
+    def fill(rows: slice, columns: slice, weight: Tensor, dz: Tensor, grad_bias: Tensor | None) -> None:
+        z = kept.block(rows, columns)
+        if z is None:
+            z = dz if at_hand else torch.mm(problem.hidden[rows], weight.T, out=dz)
+        here = grads.map(lambda vector: vector[rows])
+        _launch(
+            gradient_stored_kernel,
+            problem,
+            rows,
+            columns,
+            z,
+            dz=dz,
+            lse=lse[rows],
+            grad_lse=here.lse,
+            grad_picked=here.picked,
+            grad_total=here.total,
+            grad_maximum=here.maximum,
+            grad_entropy=here.entropy,
+            argmax=here.argmax if here.maximum is not None else None,
+            entropy=here.row_entropy if here.entropy is not None else None,
+            stride_dz=dz.stride(0),
+            VALUE_AND_SLOPE=template.load(problem.logit_map).value_and_slope,
+            HAS_MAXIMUM=here.maximum is not None,
+            HAS_ENTROPY=here.entropy is not None,
+        )
+        if grad_bias is not None:
+            grad_bias += dz.sum(0)
+
+    return fill
+
+
+def _launch(kernel: Any, problem: Problem, rows: slice, columns: slice, z: Tensor, **arguments: Any) -> None:
+    """Runs a kernel over the tiles of a block of logits z."""
+    config = stored_config(device_properties(z.device)[0])
+    num_rows, num_columns = z.shape
+    kernel[(-(-num_rows // config.block_n) * -(-num_columns // config.block_v),)](
+        z=z,
+        bias=None if problem.bias is None else problem.bias[columns],
+        target=None if problem.target is None else problem.target[rows],
+        total_weight=None if problem.total_weight is None else problem.total_weight[columns],
+        num_rows=num_rows,
+        num_columns=num_columns,
+        first_column=columns.start,
+        stride_z=z.stride(0),
+        HAS_BIAS=problem.bias is not None,
+        HAS_TARGET=problem.target is not None,
+        WANT_TOTAL=problem.want_total,
+        HAS_TOTAL_WEIGHT=problem.total_weight is not None,
+        BLOCK_N=config.block_n,
+        BLOCK_V=config.block_v,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **ignore_arguments(problem),
+        **arguments,
+    )
