@@ -153,7 +153,7 @@ def test_nothing_is_read_that_was_not_written(width, workspace):
 
 
 @pytest.mark.parametrize("workspace", [30_000, 60_000, MIB], ids=["slices", "groups", "all"])
-@pytest.mark.parametrize("lead", [12, 16, 20])
+@pytest.mark.parametrize("lead", [16, 20, 24])
 def test_losses_and_gradients_of_certain_rows_keep_their_digits(lead, workspace):
     """Next to a target with nearly all of the probability, and as far as rounding of the logits does not matter."""
     leaves, target, _, options = make(100, 300, 64, bias=False, ignore_index=None)
