@@ -15,15 +15,16 @@ def log_sum(peaks: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
     """(lse, lse_rest): the log of the sum over parts of exp(peak) * sum, and what rounding took from it.
 
     Where one logit stands out, the log-sum-exp exceeds it by less than a rounding of either. Losses of confident rows
-    are nothing but that difference, and `torch.log_softmax` keeps it.
+    are nothing but that difference, and `torch.log_softmax` keeps it. Parts are added in float64, as next to a certain
+    one, many small ones would be lost one by one.
     """
     if len(peaks) == 0:
         nothing = sums.sum(0)
         return nothing.log(), nothing
     peak, shift = _shifts(peaks, sums)
-    above = (sums * shift.exp()).sum(0).log()
-    lse = peak + above
-    return lse, torch.where(lse.isfinite(), above - (lse - peak), 0.0)
+    above = (sums.double() * shift.double().exp()).sum(0).log()
+    lse = (peak + above).to(peaks.dtype)
+    return lse, torch.where(lse.isfinite(), above - (lse - peak), 0.0).to(peaks.dtype)
 
 
 def entropy_of(peaks: Tensor, sums: Tensor, spreads: Tensor) -> Tensor:

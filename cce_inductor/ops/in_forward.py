@@ -164,7 +164,7 @@ def _group_rows(problem: Problem, workspace_bytes: int) -> int:
 def gpu_group_rows(problem: Problem, workspace_bytes: int, needs_grad_weight: bool) -> int:
     """The same on a GPU: groups if they cost less than the logits for which the weight's gradient has no room."""
     rows = min(cpu.GPU_BLOCK_ROWS, _rows_that_fit(problem, workspace_bytes))
-    if problem.weight.dtype != problem.accumulate_dtype or rows < 1:
+    if problem.weight.dtype != problem.accumulate_dtype or not 1 <= rows < problem.num_rows:
         return problem.num_rows
     computed_again = problem.num_rows - (problem.width if needs_grad_weight else 0)  # rows' worth of logits
     groups = -(-problem.num_rows // rows)
