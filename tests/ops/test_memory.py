@@ -166,13 +166,13 @@ def sparse_bound(problem):
 
 
 def stored_bound(problem):
-    """Float32: a block of logits, a few numbers of each tile and row, results and parts of them."""
+    """Float32: a block of logits, a few numbers of each tile and row, rows that count, results and parts of them."""
     rows, columns = cuda.block_shape(problem)
     block = max(problem.workspace_bytes, rows * cuda.COLUMN_MULTIPLE * FLOAT)
     slices = -(-problem.vocab_size // columns)
     tiles = slices + problem.vocab_size // stored_config(device_properties(problem.hidden.device)[0]).block_v
     kinds = 8 + problem.want_total + 2 * problem.want_max + 4 * problem.want_entropy
-    gradients = (problem.num_rows + problem.vocab_size + 2 * columns) * problem.width
+    gradients = (3 * problem.num_rows + problem.vocab_size + 2 * columns) * problem.width
     return block + (kinds * tiles * problem.num_rows + gradients) * FLOAT + vectors(problem)
 
 
