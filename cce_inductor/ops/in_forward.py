@@ -29,7 +29,7 @@ from .counted import counted_rows, spread, with_rows
 from .fallback import first_that_runs, smaller
 from .kept import KeptLogits
 from .problem import MIB, Problem, Reductions, RowGradients, spans
-from .workspace import for_loss_with_gradients
+from .workspace import for_loss_with_gradients, room_below_half_of_compiled
 
 LOGITS_SHARE = 5  # a workspace is no larger than a fifth of the logits, whose memory the operators are there to save
 FEWEST_ROWS = 256  # of a group: with fewer, reading and writing the sums takes longer than the matmuls
@@ -37,6 +37,7 @@ GPU_LOGITS_SHARE = 4  # there the gradient of the logits takes their place in th
 # A group reads and writes the weight's gradient once more: 8 V D bytes, at 3 TB/s on an H100. Logits of so many rows
 # are computed again in that time: 2 V D operations a row, at 350 TFLOP/s in TF32.
 GPU_GROUP_ROWS = 500
+GPU_TILE_ROWS = 128  # of cuBLAS's products: a part of a tile takes as long as a whole one
 SMALL = 32 * MIB  # logits that may be in memory at once
 
 
@@ -125,8 +126,10 @@ def _aten_blocks(problem: Problem, grad_weight: Tensor) -> _Blocks:
 
 def _stored_blocks(problem: Problem, grad_weight: Tensor) -> _Blocks:
     """One place for the logits of a group, which become their gradient; else for slices of those of all rows."""
-    share = max(_logits_bytes(problem) // GPU_LOGITS_SHARE, SMALL)
-    problem = replace(problem, workspace_bytes=min(problem.workspace_bytes, share))
+    most = max(_logits_bytes(problem) // GPU_LOGITS_SHARE, SMALL)
+    if problem.may_take_more:
+        most = max(most, room_below_half_of_compiled(problem))
+    problem = replace(problem, workspace_bytes=min(problem.workspace_bytes, most))
     group_rows = gpu_group_rows(problem, problem.workspace_bytes, grad_weight.numel() > 0)
     at_hand = group_rows <= _rows_that_fit(problem, problem.workspace_bytes)
     if at_hand:
@@ -168,7 +171,11 @@ def gpu_group_rows(problem: Problem, workspace_bytes: int, needs_grad_weight: bo
         return problem.num_rows
     computed_again = problem.num_rows - (problem.width if needs_grad_weight else 0)  # rows' worth of logits
     groups = -(-problem.num_rows // rows)
-    return _evenly(problem.num_rows, rows) if (groups - 1) * GPU_GROUP_ROWS < computed_again else problem.num_rows
+    if (groups - 1) * GPU_GROUP_ROWS >= computed_again:
+        return problem.num_rows
+    evenly = _evenly(problem.num_rows, rows)
+    whole_tiles = -(-evenly // GPU_TILE_ROWS) * GPU_TILE_ROWS
+    return whole_tiles if whole_tiles <= rows else evenly
 
 
 def _evenly(num_rows: int, most: int) -> int:

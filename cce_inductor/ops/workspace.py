@@ -8,15 +8,19 @@ from .problem import Problem
 def for_loss_with_gradients(problem: Problem) -> Problem:
     """The same with a workspace for a call whose exact gradients are computed while logits are at hand.
 
-    The more logits have room, the fewer are computed twice. The peak stays below half of torch.compile's, which holds
-    the logits and both gradients. On a CPU more memory does not make it faster.
+    The more logits have room, the fewer are computed twice. On a CPU more memory does not make it faster.
     """
     if not (problem.may_take_more and problem.hidden.is_cuda):
         return problem
+    return replace(problem, workspace_bytes=max(problem.workspace_bytes, room_below_half_of_compiled(problem)))
+
+
+def room_below_half_of_compiled(problem: Problem) -> int:
+    """Bytes of a workspace with which the peak stays below half of torch.compile's, which holds the logits and both
+    gradients; below zero where it can't."""
     rows, vocab_size, width = problem.num_rows, problem.vocab_size, problem.width
     logits = rows * vocab_size * problem.compute_dtype.itemsize
     gradients = rows * width * problem.hidden_dtype.itemsize + vocab_size * width * problem.weight.dtype.itemsize
-    sums = rows * width * problem.accumulate_dtype.itemsize
-    records = rows * vocab_size // 16  # at most; of tiles and what is reduced over them
-    room = (logits + gradients) // 2 - gradients - sums - records
-    return replace(problem, workspace_bytes=max(problem.workspace_bytes, room))
+    sums = 0 if problem.hidden_dtype == problem.accumulate_dtype else rows * width * problem.accumulate_dtype.itemsize
+    records = rows * vocab_size // (8 * problem.compute_dtype.itemsize)  # at most; of tiles, and what is made of them
+    return (logits + gradients) // 2 - gradients - sums - records

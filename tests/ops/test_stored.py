@@ -101,6 +101,7 @@ def test_logits_without_room_are_computed_twice(products):
 
 SHAPES = {  # (rows, vocab, width), MiB, whether the weight has a gradient, and the rows of a group: 4 bytes a logit
     "Gemma 2": ((8192, 256000, 2304), 2048, True, 2048),
+    "Gemma 2 with the room that the default gives": ((8192, 256000, 2304), 2776, True, 2816),
     "Gemma 2 in half of that": ((8192, 256000, 2304), 1024, True, 1024),
     "Gemma 2, where so many groups would take longer": ((8192, 256000, 2304), 256, True, 8192),
     "Phi 3.5": ((8192, 32064, 3072), 256, True, 2048),
