@@ -146,15 +146,8 @@ FAULTS = [
     Fault(
         "sparse: skipped mass is spread evenly",
         "kernels/share.py",
-        "tl.store(force + columns, forces)",
-        "tl.store(force + columns, 0.0 * forces + tl.sum(forces, 0) / BLOCK_V)",
-        "tests/ops/test_sparse.py -k specified",
-    ),
-    Fault(
-        "sparse: skipped mass of a part of a tile is lost",
-        "ops/sparse.py",
-        "mass = part_mass.sum(1, keepdim=True)",
-        "mass = part_mass[:, :1]",
+        "spread = tl.where(tile_mass > 0.0, force / tile_mass, 0.0)",
+        "spread = tl.where(tile_mass > 0.0, 1.0 / BLOCK_V, 0.0) + 0.0 * force",
         "tests/ops/test_sparse.py -k put_back",
     ),
     Fault(

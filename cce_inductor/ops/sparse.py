@@ -127,36 +127,28 @@ class _SparseBackward:
         """How a tile's skipped mass is spread over its columns, from some of the rows."""
         problem, config = self.problem, self.config
         sample = evenly_spaced(self.grad_lse != 0, min(SAMPLED_ROWS, problem.num_rows))
-        hidden, part = self.hidden[sample], self.products.part
-        shape = self.tiles, config.block_v // part
-        force, part_mass, part_weight = (
-            hidden.new_empty(*shape, *size, dtype=torch.float32) for size in ((part,), (), (problem.width,))
-        )
+        hidden = self.hidden[sample]
+        self.share = torch.empty(problem.vocab_size, dtype=torch.float32, device=hidden.device)
+        self.skipped_weight = hidden.new_empty(self.tiles, problem.width, dtype=problem.compute_dtype)
         self.weight_peak = torch.zeros(1, dtype=torch.int32, device=hidden.device)
-        operands = self._logits() | self._weight_operand(part, config.block_d) | {"BLOCK_V": part}
-        share_kernel[(min(part_mass.numel(), self.processors),)](
-            **operands,
+        share_kernel[(min(self.tiles, self.processors),)](
+            **self._logits(),
             hidden=self._blocks_of(hidden, config.block_n, config.block_d),
             lse=self.lse[sample],
             grad_lse=self.grad_lse[sample],
             skipped_mass=self.skipped.mass[:, sample],
             top_column=active.top_columns(tiles, sample, config.block_v),
             skips=self.skipped.anything,
-            force=force,
-            part_mass=part_mass,
-            part_weight=part_weight,
+            share=self.share,
+            skipped_weight=self.skipped_weight,
             weight_peak=self.weight_peak,
             num_rows=hidden.shape[0],
-            num_parts=part_mass.numel(),
+            num_tiles=self.tiles,
             stride_hn=hidden.stride(0),
             stride_hd=hidden.stride(1),
-            PARTS=shape[1],
             NUM_STAGES=config.num_stages,
             NUM_PROGRAMS=self.processors,
         )
-        mass = part_mass.sum(1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)  # nothing is spread as zeros
-        self.share = force.flatten(1).div_(mass).flatten()
-        self.skipped_weight = part_weight.sum(1).div_(mass).to(problem.compute_dtype)
 
     def _compute_tops(self, active: Active, want_hidden: bool) -> None:
         """The tokens that are computed alone. Their part of the hidden states' gradient begins its sums."""
