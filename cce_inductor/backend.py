@@ -75,7 +75,7 @@ class _PreGradPass(CustomGraphPass):
     """The same pass where Inductor runs its own passes on the graphs of Dynamo, after any pass that was set before.
 
     Inductor skips it where it finds compiled code in a cache, and whoever calls Inductor does not hear of it. So lazy
-    logits can't begin here, nor anything else that is put around compiled code, and where there is no other pass to wait
+    logits can't begin here, nor anything else that is put around compiled code. Where there is no other pass to wait
     for, graphs are rewritten before Inductor.
     """
 
