@@ -62,7 +62,7 @@ TRANSFORMS = {
     "hessian": lambda f, h: torch.func.hessian(f)(h),
     "vmap of grad": lambda f, h: torch.func.vmap(torch.func.grad(lambda scale: f(scale * h)))(torch.ones(2)),
 }
-# Where a program raises an error, Dynamo runs it uncompiled and compiles the functions that it calls. With torch 2.11 it
+# Where a program raises an error, Dynamo runs it uncompiled and compiles the functions that it calls. With 2.11 it
 # fails where one of these, inside vmap of grad, hands on a tensor that it is given, whatever it hands it to.
 DYNAMO_FAILS_FIRST = torch.__version__ < "2.12"
 
