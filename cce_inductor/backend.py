@@ -54,7 +54,7 @@ def _compiled(inductor: Callable, gm: GraphModule, example_inputs: list[Any], op
     theirs = None if original is None else inductor(copy_of(original), example_inputs)
     config: Any = torch.compiler.config
     with config.patch(cache_key_tag=f"{config.cache_key_tag}cce_inductor={_source_hash().hex()}"):
-        ours = lazy.around(inductor(gm, example_inputs))
+        ours = lazy.around(compat.refusing_second_derivatives(inductor(gm, example_inputs)))
     if original is None or theirs is None:
         return ours
     return Verified(ours, theirs, original, options.verify)
@@ -75,7 +75,8 @@ class _PreGradPass(CustomGraphPass):
     """The same pass where Inductor runs its own passes on the graphs of Dynamo, after any pass that was set before.
 
     Inductor skips it where it finds compiled code in a cache, and whoever calls Inductor does not hear of it. So lazy
-    logits can't begin here, and where there is no other pass to wait for, graphs are rewritten before Inductor.
+    logits can't begin here, nor anything else that is put around compiled code. Where there is no other pass to wait
+    for, graphs are rewritten before Inductor.
     """
 
     def __init__(self, options: Options, previous: Any) -> None:
@@ -103,7 +104,8 @@ class _PreGradPass(CustomGraphPass):
             self.previous(graph)
         module = graph.owning_module
         assert module is not None, "Inductor hands over the graph of a module"
-        publish(rewrite_module(module, self.options), self.options.on_refusal)
+        once = not compat.LOSES_SECOND_DERIVATIVES  # what the gradients need then is put around compiled code
+        publish(rewrite_module(module, self.options, once=once), self.options.on_refusal)
 
     def uuid(self) -> Any:
         """Tells caches of compiled graphs apart: by our sources, the options, and what ran before."""

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map_only
 
 __all__ = [
     "CLAMP_IS_FLAT_AT_BOUNDS",
+    "LOSES_SECOND_DERIVATIVES",
     "CustomGraphPass",
     "FakeTensor",
     "FakeTensorMode",
@@ -48,6 +49,7 @@ __all__ = [
     "is_mutable",
     "is_tracing",
     "nn_functions",
+    "refusing_second_derivatives",
     "size_hint",
     "source_name",
     "statically_equal",
@@ -57,8 +59,15 @@ __all__ = [
 ]
 
 
+_VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
+
 # Whether the gradient of torch.clamp is zero at the bounds; before torch 2.14, it was one.
-CLAMP_IS_FLAT_AT_BOUNDS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
+CLAMP_IS_FLAT_AT_BOUNDS = _VERSION >= (2, 14)
+
+# Whether gradients that compiled code gives under create_graph=True may be constants, so that a penalty on them has no
+# effect. Before torch 2.13 they are where the compiled backward is given no tensor that requires a gradient, and one
+# that only multiplies what the forward has computed is not given any.
+LOSES_SECOND_DERIVATIVES = _VERSION < (2, 13)
 
 nn_functions = torch._C._nn  # where some of torch.nn.functional's functions are defined, and found in graphs
 
@@ -115,6 +124,30 @@ def around_inductor(hook: Callable[[Callable, Any, Any], Callable]) -> Callable[
 
     wrapper.__call__ = call
     return undo
+
+
+def refusing_second_derivatives(compiled: Callable) -> Callable:
+    """What Inductor has compiled, with AOTAutograd's error in every version where its gradients are differentiated."""
+    if not LOSES_SECOND_DERIVATIVES:
+        return compiled
+
+    @functools.wraps(compiled, updated=())
+    def call(*args: Any) -> Any:
+        results = compiled(*args)
+        tensors = [result for result in results if isinstance(result, torch.Tensor)]
+        for node in {tensor.grad_fn for tensor in tensors if not any(tensor is arg for arg in args)}:
+            if node is not None:
+                node.register_prehook(_requiring_grad)
+        return results
+
+    return call
+
+
+def _requiring_grad(grads: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...] | None:
+    """Gradients that a compiled backward is given, so that under create_graph=True one of them requires a gradient."""
+    if not torch.is_grad_enabled() or any(grad is not None and grad.requires_grad for grad in grads):
+        return None
+    return tuple(None if grad is None else grad.detach().requires_grad_() for grad in grads)
 
 
 def inductor_option_names() -> frozenset[str]:

@@ -511,7 +511,7 @@ FAULTS = [
     Fault(
         "in the forward: twice, of two heads",
         "graph/driver.py",
-        "once = not nested and len(worthwhile) == 1",
+        "once = once and len(worthwhile) == 1",
         "once = True",
         GRAPH + "in_forward.py",
     ),

@@ -4,8 +4,10 @@ import ast
 from pathlib import Path
 
 import pytest
+import torch
 
 import cce_inductor
+from cce_inductor import compat
 
 FOLDER = Path(cce_inductor.__file__).parent
 FILES = sorted(path for path in FOLDER.rglob("*.py") if path.name != "compat.py")
@@ -45,3 +47,33 @@ def test_private_names_are_found():
 def test_it_says_which_versions_it_was_checked_against():
     first = (FOLDER / "compat.py").read_text().splitlines()[0]
     assert "Checked against torch 2.11" in first
+
+
+class Doubled(torch.autograd.Function):
+    """Like a compiled backward that saves nothing; notes which of its gradients require one."""
+
+    @staticmethod
+    def forward(ctx, x, given):
+        ctx.set_materialize_grads(False)
+        ctx.given = given
+        return 2 * x, 2 * x.detach()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        ctx.given += [grad is not None and grad.requires_grad for grad in grads]
+        return 2 * grads[0], None
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_before_torch_2_13_a_compiled_backward_is_given_what_requires_a_gradient(create_graph, monkeypatch):
+    monkeypatch.setattr(compat, "LOSES_SECOND_DERIVATIVES", True)
+    of_compiled, of_argument = [], []
+    x = torch.ones(3, requires_grad=True)
+    argument, _ = Doubled.apply(x, of_argument)
+    compiled = compat.refusing_second_derivatives(lambda x: (*Doubled.apply(x, of_compiled), x))
+    doubled, _, same = compiled(argument)
+    how = {"create_graph": create_graph, "retain_graph": True}
+    assert torch.equal(*torch.autograd.grad(doubled.sum(), argument, **how), torch.full((3,), 2.0))
+    assert of_compiled == [create_graph, False]
+    torch.autograd.grad(same.sum(), x, **how)
+    assert of_argument == [False, False], "what made an argument is the caller's"

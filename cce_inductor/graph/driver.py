@@ -21,27 +21,27 @@ BUG = "this is a bug of cce_inductor: report it with the traceback that is in th
 NO_CALLER = "the pass runs inside Inductor here, which does not hand lazy logits on"
 
 
-def rewrite_module(module: GraphModule, options: Options, lazy: LazyResults | None = None) -> Report:
+def rewrite_module(module: GraphModule, options: Options, lazy: LazyResults | None = None, once: bool = True) -> Report:
     """Rewrites a module of Dynamo's in place, subgraphs of higher-order operators included; never raises.
 
     A site that can't be rewritten leaves its part of the graph as it was, and the reason in the report.
     lazy: takes the logits among the module's results that the caller is to make; without it they are computed.
+    once: whether gradients may be computed in the forward, with the loss.
     """
     not_lazy = MATERIALIZE if options.logits == "materialize" else NO_CALLER if lazy is None else None
-    report = _rewrite_module(module, options, lazy, not_lazy, nested=False)
+    report = _rewrite_module(module, options, lazy, not_lazy, once)
     where = graph_break(module)
     report.breaks = [] if where is None else [where]
     return report
 
 
 def _rewrite_module(
-    module: GraphModule, options: Options, lazy: LazyResults | None, not_lazy: str | None, nested: bool
+    module: GraphModule, options: Options, lazy: LazyResults | None, not_lazy: str | None, once: bool
 ) -> Report:
-    """nested: a subgraph of a higher-order operator, which may run again for a backward, as a checkpoint does."""
     report = Report()
     rewritings: list[Rewriting] = []
     try:
-        _rewrite_graph(module.graph, options, not_lazy, report, rewritings, nested)
+        _rewrite_graph(module.graph, options, not_lazy, report, rewritings, once)
     except Exception as error:
         log.warning("the pass failed, the graph is compiled as it is", exc_info=True)
         for rewriting in reversed(rewritings):
@@ -60,14 +60,14 @@ def _rewrite_module(
 
 
 def _rewrite_child(graph: Graph, name: str, child: GraphModule, options: Options, not_lazy: str) -> Report:
-    """The same for a subgraph that a graph calls by its name."""
+    """The same for a subgraph that a graph calls by its name. It may run again for a backward, as a checkpoint does."""
     try:
         grad_enabled = grad_mode_of_calls(graph, name)
     except Exception as error:
         log.warning("the pass failed, a subgraph is compiled as it is", exc_info=True)
         return _failed(error)
     with torch.set_grad_enabled(grad_enabled):
-        return _rewrite_module(child, options, None, not_lazy, nested=True)
+        return _rewrite_module(child, options, None, not_lazy, once=False)
 
 
 def _failed(error: Exception) -> Report:
@@ -88,14 +88,14 @@ def _finish(graph: Graph, rewritings: list[Rewriting], report: Report) -> None:
 
 
 def _rewrite_graph(
-    graph: Graph, options: Options, not_lazy: str | None, report: Report, rewritings: list[Rewriting], nested: bool
+    graph: Graph, options: Options, not_lazy: str | None, report: Report, rewritings: list[Rewriting], once: bool
 ) -> None:
     transformed = inside_transforms(graph)
     sites = find_sites(graph)
     orphans = orphan_losses(graph, sites, transformed, options)
     worthwhile = [site for site in sites if is_worth_reporting(site, options)]
     # of two heads, two gradients of the weight would have to be kept until the backward
-    once = not nested and len(worthwhile) == 1
+    once = once and len(worthwhile) == 1
     for site in worthwhile:
         joined = [other for other in worthwhile if other.logits.weight == site.logits.weight]
         result = _try_rewrite(site, joined, transformed, options, once, not_lazy)

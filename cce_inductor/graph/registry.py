@@ -71,12 +71,7 @@ def operation(node: Node) -> str:
         return node.op
     if target is getattr and isinstance(node.args[1], str):
         return node.args[1]
-    if target in ATTRIBUTES:
-        return ATTRIBUTES[target]
-    name = getattr(target, "__name__", str(target)).removeprefix("special_")
-    if not _is_torch(target, name):
-        return f"{getattr(target, '__module__', '')}.{name}".lstrip(".")
-    return ALIASES.get(name, name)
+    return _name(target)
 
 
 def out_of_place(name: str) -> str:
@@ -89,9 +84,14 @@ def out_of_place(name: str) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def _is_torch(function: Callable, name: str) -> bool:
-    """Whether a function is torch's (or Python's operator) of that name, not somebody's of the same name."""
-    return any(getattr(namespace, name, None) is function for namespace in NAMESPACES)
+def _name(function: Callable) -> str:
+    """Under its name in torch, if it is torch's (or Python's operator) and not somebody's of the same name."""
+    if function in ATTRIBUTES:
+        return ATTRIBUTES[function]
+    name = getattr(function, "__name__", str(function)).removeprefix("special_")
+    if not any(getattr(namespace, name, None) is function for namespace in NAMESPACES):
+        return f"{getattr(function, '__module__', '')}.{name}".lstrip(".")
+    return ALIASES.get(name, name)
 
 
 def apply(node: Node, values: dict[Node, Any], others: dict[Node, Any] | None = None) -> Any:

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from common import Head, compiled, mean_loss
-from helpers import B, S, hidden, labels, weight
+from helpers import OPTIONS, B, S, hidden, labels, weight
 
+import cce_inductor
 from cce_inductor import linear_cross_entropy
 
 
@@ -20,10 +21,33 @@ def test_a_second_backward_through_a_retained_graph_gives_the_same_again(way):
     assert all(map(torch.equal, first, torch.autograd.grad(loss, (h, w))))
 
 
-def test_second_derivatives_of_a_compiled_loss_are_an_error():
+SAVING_NOTHING_THAT_REQUIRES_A_GRADIENT = {
+    "a head": mean_loss,
+    "frozen weight, computed hidden states": lambda h, w, t: mean_loss(2 * h, w.detach(), t),
+    "a view of the loss": lambda h, w, t: (lambda loss: (loss, loss.view(1)))(mean_loss(h, w, t))[1].sum(),
+}
+
+
+@pytest.mark.parametrize(
+    "program",
+    SAVING_NOTHING_THAT_REQUIRES_A_GRADIENT.values(),
+    ids=SAVING_NOTHING_THAT_REQUIRES_A_GRADIENT,
+)
+def test_second_derivatives_of_a_compiled_loss_are_an_error(program):
     """AOTAutograd's, which is clear; `linear_cross_entropy` has its own (test_api.py)."""
     h, w, t = hidden(), weight(), labels()
-    [gradient] = torch.autograd.grad(compiled(mean_loss)(h, w, t), h, create_graph=True)
+    assert_no_second_derivatives(compiled(program)(h, w, t), h)
+
+
+@pytest.mark.parametrize("before", [None, lambda graph: None], ids=["alone", "after another pass"])
+def test_second_derivatives_of_a_loss_that_plain_compile_rewrites_are_an_error(before):
+    h, w, t = hidden(), weight(), labels()
+    with torch._inductor.config.patch(pre_grad_custom_pass=before), cce_inductor.enable(**OPTIONS):
+        assert_no_second_derivatives(compiled(mean_loss, backend="inductor")(h, w, t), h)
+
+
+def assert_no_second_derivatives(loss, h):
+    [gradient] = torch.autograd.grad(loss, h, create_graph=True)
     with pytest.raises(RuntimeError, match="does not currently support double backward"):
         gradient.sum().backward()
 
@@ -38,19 +62,25 @@ TRANSFORMS = {
     "hessian": lambda f, h: torch.func.hessian(f)(h),
     "vmap of grad": lambda f, h: torch.func.vmap(torch.func.grad(lambda scale: f(scale * h)))(torch.ones(2)),
 }
+# Where a program raises an error, Dynamo runs it uncompiled and compiles the functions that it calls. With 2.11 it
+# fails where one of these, inside vmap of grad, hands on a tensor that it is given, whatever it hands it to.
+DYNAMO_FAILS_FIRST = torch.__version__ < "2.12"
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
 def test_function_transforms_say_that_they_are_not_supported(transform, compile):
     w, t = weight(requires_grad=False), labels()
 
     def program(h):
-        return transform(lambda h: linear_cross_entropy(h, w, t), h)
+        return TRANSFORMS[transform](lambda h: linear_cross_entropy(h, w, t), h)
 
     torch._dynamo.reset()
     program = torch.compile(program, backend="eager") if compile else program
-    with pytest.raises(NotImplementedError, match=r"does not support torch\.func\.grad"):
+    error, message = NotImplementedError, r"does not support torch\.func\.grad"
+    if compile and transform == "vmap of grad" and DYNAMO_FAILS_FIRST:
+        error, message = AssertionError, "False != True"  # that a tensor is a leaf
+    with pytest.raises(error, match=message):
         program(hidden(requires_grad=False))
 
 
