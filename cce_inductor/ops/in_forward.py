@@ -29,7 +29,7 @@ from .counted import counted_rows, spread, with_rows
 from .fallback import first_that_runs, smaller
 from .kept import KeptLogits
 from .problem import MIB, Problem, Reductions, RowGradients, spans
-from .workspace import for_loss_with_gradients, room_below_half_of_compiled
+from .workspace import for_loss_with_gradients
 
 LOGITS_SHARE = 5  # a workspace is no larger than a fifth of the logits, whose memory the operators are there to save
 FEWEST_ROWS = 256  # of a group: with fewer, reading and writing the sums takes longer than the matmuls
@@ -127,8 +127,6 @@ def _aten_blocks(problem: Problem, grad_weight: Tensor) -> _Blocks:
 def _stored_blocks(problem: Problem, grad_weight: Tensor) -> _Blocks:
     """One place for the logits of a group, which become their gradient; else for slices of those of all rows."""
     most = max(_logits_bytes(problem) // GPU_LOGITS_SHARE, SMALL)
-    if problem.may_take_more:
-        most = max(most, room_below_half_of_compiled(problem))
     problem = replace(problem, workspace_bytes=min(problem.workspace_bytes, most))
     group_rows = gpu_group_rows(problem, problem.workspace_bytes, grad_weight.numel() > 0)
     at_hand = group_rows <= _rows_that_fit(problem, problem.workspace_bytes)

@@ -14,7 +14,9 @@ from .problem import Problem, Tiles
 # A row that needs more than this share of the tiles is dense: all tiles are computed for it, but their products for
 # the hidden states' gradient are summed in registers. Additions in memory cost as much as everything else together.
 DENSE_SHARE = 0.5
-TOP_PART = 2.0**-10  # of the budget: in tiles that are lighter no token is computed alone
+# In tiles lighter than this times the square of the budget no token but the target is computed alone. By its square, as
+# such tokens are most of what is left to compute where much may be approximated, and that is asked for to be fast.
+TOP_PART = 2.0**-5
 PLANNED_AT_ONCE = 8192  # (row, tile) pairs that a program of the first kernel keeps in registers
 
 
@@ -64,7 +66,7 @@ class Active:
             num_tiles=count,
             **ignore_arguments(problem),
             budget=problem.approximate_mass,
-            lightest_top=problem.approximate_mass * TOP_PART if tops else float("inf"),
+            lightest_top=problem.approximate_mass**2 * TOP_PART if tops else float("inf"),
             dense_share=DENSE_SHARE,
             HAS_TARGET=problem.target is not None,
             TILE_WIDTH=tile_width,

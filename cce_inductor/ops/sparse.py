@@ -34,6 +34,7 @@ from .row_lists import Active, RowLists, Skipped, most_blocks_of_a_tile
 LEAST_FLOPS = 10**12  # of the logits, one to two milliseconds: as long as the host takes to start the kernels
 SAMPLED_ROWS = 128  # from which the share of each token in its tile is estimated
 LIST_BYTES = 10  # of slots, skipped mass and what is computed alone, for a pair of a tile and a row
+MOST_ROUNDS = 64  # each is three launches, which the host must not be slower with than the GPU is with the whole
 TOKEN_NUMBERS = 8192  # of rows of the weight that a program keeps in registers
 _compensates = True
 
@@ -117,11 +118,12 @@ class _SparseBackward:
         self.dz = self.hidden.new_empty(blocks * block_n, block_v)
 
     def _blocks(self, dense_rows: int, most: int) -> int:
-        """How many blocks of a round there is room for beside the lists: at least those of a tile, at most all."""
+        """How many blocks of a round there is room for beside the lists, but enough for `MOST_ROUNDS`; at most all."""
         problem, size = self.problem, self.problem.compute_dtype.itemsize
         lists = LIST_BYTES * self.tiles * problem.num_rows
         room = problem.workspace_bytes - lists - dense_rows * problem.width * size
-        return min(max(room // (self.config.block_n * self.config.block_v * size), most), self.tiles * most)
+        least = most + -(-self.tiles * most // MOST_ROUNDS)
+        return min(max(room // (self.config.block_n * self.config.block_v * size), least), self.tiles * most)
 
     def _estimate_shares(self, active: Active, tiles: Tiles) -> None:
         """How a tile's skipped mass is spread over its columns, from some of the rows."""

@@ -12,10 +12,10 @@ def for_loss_with_gradients(problem: Problem) -> Problem:
     """
     if not (problem.may_take_more and problem.hidden.is_cuda):
         return problem
-    return replace(problem, workspace_bytes=max(problem.workspace_bytes, room_below_half_of_compiled(problem)))
+    return replace(problem, workspace_bytes=max(problem.workspace_bytes, _room_below_half_of_compiled(problem)))
 
 
-def room_below_half_of_compiled(problem: Problem) -> int:
+def _room_below_half_of_compiled(problem: Problem) -> int:
     """Bytes of a workspace with which the peak stays below half of torch.compile's, which holds the logits and both
     gradients; below zero where it can't."""
     rows, vocab_size, width = problem.num_rows, problem.vocab_size, problem.width

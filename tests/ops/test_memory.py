@@ -159,7 +159,8 @@ def sparse_bound(problem):
     rows = problem.num_rows + 2 * config.block_n
     size = problem.compute_dtype.itemsize
     lists = 16 * (tiles + 1) * rows
-    scratch = max(problem.workspace_bytes, lists + rows * (config.block_v + problem.width) * size)
+    blocks = config.block_v * (1 + tiles / sparse.MOST_ROUNDS)
+    scratch = max(problem.workspace_bytes, lists + rows * (blocks + problem.width) * size)
     skipped = 3 * (tiles + problem.num_rows) * problem.width * FLOAT
     cast = 0 if problem.weight.dtype == problem.compute_dtype else problem.weight.numel() * problem.hidden.itemsize
     return gradients_bound(problem) + scratch + skipped + cast + vectors(problem)

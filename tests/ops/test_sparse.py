@@ -267,7 +267,7 @@ def test_many_light_tiles_are_skipped_to_within_the_budget(mass, share):
     problem = case.problem(approximate_mass=mass)
     active = all_active(problem, torch.zeros(rows), of_masses(shares, share), gradients)
     active, tops = active_and_tops(active)
-    assert torch.equal(tops, ~active & (shares >= mass * row_lists.TOP_PART) & (share > 0))
+    assert torch.equal(tops, ~active & (shares >= mass**2 * row_lists.TOP_PART) & (share > 0))
     skipped = torch.where(active, 0.0, torch.where(tops, (1 - share) * shares, shares)).sum(0)
     assert (skipped <= mass * (1 + 1e-5)).all()
     assert (skipped > 0.9 * mass).all()
@@ -291,7 +291,7 @@ def test_a_token_is_computed_alone_where_it_stands_out(weight, share, computed):
     """In tiles that are heavy enough, and that it has enough of."""
     mass = 2**-3
     case = make(1, 20 * TILE_WIDTH, 1)
-    masses = torch.full((20, 1), weight * mass * row_lists.TOP_PART * 1.01)
+    masses = torch.full((20, 1), weight * mass**2 * row_lists.TOP_PART * 1.01)
     masses[0] = 1 - masses[1:].sum()
     gradients = torch.ones(1), torch.zeros(1)
     active = all_active(case.problem(approximate_mass=mass), torch.zeros(1), of_masses(masses, share), gradients)
@@ -304,6 +304,14 @@ def test_a_token_is_computed_alone_where_it_stands_out(weight, share, computed):
         case.problem(approximate_mass=mass), torch.zeros(1), of_masses(masses, share), gradients, False
     )
     assert not active_and_tops(without)[1].any()
+
+
+def test_a_small_workspace_takes_no_more_than_so_many_rounds():
+    case = make(70, 200 * TILE_WIDTH, 8)
+    problem = case.problem(approximate_mass=2**-3, workspace_bytes=1)
+    operands = cuda.forward(problem)[0], recorded(case, problem), *case.grads[:2]
+    lists = sparse._SparseBackward(problem, *operands, want_hidden=True).lists
+    assert 1 < lists.rounds <= sparse.MOST_ROUNDS
 
 
 def test_the_error_shrinks_with_the_budget():
