@@ -6,12 +6,10 @@
 import itertools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import compat
 from ..kernels import template
@@ -24,8 +22,8 @@ from . import cpu, sparse, stored
 from .blocks import ALIGNMENT, Fill, exact_backward
 from .combine import largest
 from .fallback import first_that_runs, smaller
-from .kept_tiles import KeptTiles, Place, kept_arguments
-from .launch import can_use_tma, describable, device_properties, ignore_arguments, interpretable
+from .kept_tiles import KeptTiles, Place
+from .launch import Launch, device_properties, ignore_arguments
 from .problem import LEAST_LOG, Problem, Reductions, RowGradients, Tiles, spans
 
 COLUMN_MULTIPLE = 256  # vocabulary slices are multiples of the widest tile
@@ -386,71 +384,3 @@ def block_shape(problem: Problem) -> tuple[int, int]:
     rows = max(1, min(problem.num_rows, elements // min(problem.vocab_size, NARROWEST_SLICE)))
     columns = max(1, elements // rows // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
     return rows, min(columns, -(-problem.vocab_size // ALIGNMENT) * ALIGNMENT)
-
-
-class Launch:
-    """What the kernels of one call have in common: operands ready to be loaded, tile shapes, grid."""
-
-    def __init__(self, problem: Problem, config: TileConfig, hidden: Tensor) -> None:
-        self.problem, self.config = problem, config
-        self.programs = device_properties(hidden.device)[1] * config.programs
-        self.hidden = hidden if describable(hidden) else hidden.contiguous()
-
-    def row_blocks(self, rows: slice) -> int:
-        """How many tiles lie under each other in these rows."""
-        return -(-(rows.stop - rows.start) // self.config.block_n)
-
-    def __call__(
-        self,
-        kernel: Any,
-        rows: slice,
-        columns: slice,
-        weight: Tensor,
-        dz: Tensor | None = None,
-        place: Place | None = None,
-        **arguments: Any,
-    ) -> None:
-        """Runs a kernel over the tiles of a block of the logits; `weight` holds its columns, dz takes its result.
-
-        place: where these logits are kept, to write or to read.
-        """
-        problem, config = self.problem, self.config
-        hidden, weight = interpretable(self.hidden[rows]), interpretable(weight)
-        tiles = self.row_blocks(rows) * -(-weight.shape[0] // config.block_v)
-        tma = can_use_tma(hidden, weight)
-        n, v, d = config.block_n, config.block_v, config.block_d
-        if dz is not None:
-            arguments["dz"] = TensorDescriptor.from_tensor(dz, [n, v]) if tma else dz
-            arguments["stride_dz"] = dz.stride(0)
-        operands: dict[str, Any] = {"hidden": hidden, "weight": weight}
-        if arguments.get("FROM_KEPT"):
-            operands = dict.fromkeys(operands)
-        elif tma:
-            operands = {
-                "hidden": TensorDescriptor.from_tensor(hidden, [n, d]),
-                "weight": TensorDescriptor.from_tensor(weight, [v, d]),
-            }
-        kernel[(min(tiles, self.programs),)](
-            **operands,
-            bias=None if problem.bias is None else problem.bias[columns],
-            total_weight=None if problem.total_weight is None else problem.total_weight[columns],
-            num_rows=hidden.shape[0],
-            num_columns=weight.shape[0],
-            width=problem.width,
-            stride_hn=hidden.stride(0),
-            stride_hd=hidden.stride(1),
-            stride_wv=weight.stride(0),
-            stride_wd=weight.stride(1),
-            HAS_BIAS=problem.bias is not None,
-            WANT_TOTAL=problem.want_total,
-            HAS_TOTAL_WEIGHT=problem.total_weight is not None,
-            USE_TMA=tma,
-            BLOCK_N=n,
-            BLOCK_V=v,
-            BLOCK_D=d,
-            NUM_PROGRAMS=self.programs,  # not how many run: that would compile a kernel for each size
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            **kept_arguments(place),
-            **arguments,
-        )

@@ -1,4 +1,4 @@
-"""What a launch depends on beside its problem: the device, and how its operands can be loaded."""
+"""Launches of kernels, and what they depend on beside their problem: the device, and how operands can be loaded."""
 
 import functools
 from typing import Any
@@ -6,7 +6,10 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..kernels.config import TileConfig
+from .kept_tiles import Place, kept_arguments
 from .problem import Problem
 
 
@@ -54,6 +57,74 @@ def describable(tensor: Tensor) -> bool:
         and tensor.stride(0) >= tensor.shape[1]
         and tensor.data_ptr() % 16 == 0
     )
+
+
+class Launch:
+    """What the kernels of one call have in common: operands ready to be loaded, tile shapes, grid."""
+
+    def __init__(self, problem: Problem, config: TileConfig, hidden: Tensor) -> None:
+        self.problem, self.config = problem, config
+        self.programs = device_properties(hidden.device)[1] * config.programs
+        self.hidden = hidden if describable(hidden) else hidden.contiguous()
+
+    def row_blocks(self, rows: slice) -> int:
+        """How many tiles lie under each other in these rows."""
+        return -(-(rows.stop - rows.start) // self.config.block_n)
+
+    def __call__(
+        self,
+        kernel: Any,
+        rows: slice,
+        columns: slice,
+        weight: Tensor,
+        dz: Tensor | None = None,
+        place: Place | None = None,
+        **arguments: Any,
+    ) -> None:
+        """Runs a kernel over the tiles of a block of the logits; `weight` holds its columns, dz takes its result.
+
+        place: where these logits are kept, to write or to read.
+        """
+        problem, config = self.problem, self.config
+        hidden, weight = interpretable(self.hidden[rows]), interpretable(weight)
+        tiles = self.row_blocks(rows) * -(-weight.shape[0] // config.block_v)
+        tma = can_use_tma(hidden, weight)
+        n, v, d = config.block_n, config.block_v, config.block_d
+        if dz is not None:
+            arguments["dz"] = TensorDescriptor.from_tensor(dz, [n, v]) if tma else dz
+            arguments["stride_dz"] = dz.stride(0)
+        operands: dict[str, Any] = {"hidden": hidden, "weight": weight}
+        if arguments.get("FROM_KEPT"):
+            operands = dict.fromkeys(operands)
+        elif tma:
+            operands = {
+                "hidden": TensorDescriptor.from_tensor(hidden, [n, d]),
+                "weight": TensorDescriptor.from_tensor(weight, [v, d]),
+            }
+        kernel[(min(tiles, self.programs),)](
+            **operands,
+            bias=None if problem.bias is None else problem.bias[columns],
+            total_weight=None if problem.total_weight is None else problem.total_weight[columns],
+            num_rows=hidden.shape[0],
+            num_columns=weight.shape[0],
+            width=problem.width,
+            stride_hn=hidden.stride(0),
+            stride_hd=hidden.stride(1),
+            stride_wv=weight.stride(0),
+            stride_wd=weight.stride(1),
+            HAS_BIAS=problem.bias is not None,
+            WANT_TOTAL=problem.want_total,
+            HAS_TOTAL_WEIGHT=problem.total_weight is not None,
+            USE_TMA=tma,
+            BLOCK_N=n,
+            BLOCK_V=v,
+            BLOCK_D=d,
+            NUM_PROGRAMS=self.programs,  # not how many run: that would compile a kernel for each size
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            **kept_arguments(place),
+            **arguments,
+        )
 
 
 class Rounds:

@@ -14,6 +14,7 @@ from triton.compiler.errors import CompilationError
 from cce_inductor.kernels.config import INTERPRETER, tile_config
 from cce_inductor.ops import cuda, cuda_loss, fallback, problem
 from cce_inductor.ops.kept_tiles import KeptTiles
+from cce_inductor.ops.launch import Launch
 from cce_inductor.ops.library import scaled_loss
 from cce_inductor.ops.problem import MIB, Problem, spans
 
@@ -47,14 +48,14 @@ def workspace_of(size):
 @contextlib.contextmanager
 def launches():
     """(kernel's name, columns, whether their logits are kept) of what is launched meanwhile."""
-    seen, launch = [], cuda.Launch.__call__
+    seen, launch = [], Launch.__call__
 
     def noting(self, kernel, rows, columns, *args, place=None, **how):
         seen.append((kernel.fn.__name__, columns, place is not None))
         launch(self, kernel, rows, columns, *args, place=place, **how)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda.Launch, "__call__", noting)
+        patch.setattr(Launch, "__call__", noting)
         yield seen
 
 
