@@ -77,11 +77,10 @@ class _TileResults(NamedTuple):
         """Of the whole vocabulary."""
         peaks, sums, spreads, totals, places = self
         lse, lse_rest = log_sum(peaks, sums)
-        nothing = problem.zeros(0)
-        maximum, argmax = nothing, nothing.long()
+        maximum, argmax = problem.zeros(0), problem.zeros(0).long()
         if places is not None:
             maximum, argmax = largest(torch.where(sums == 0, -torch.inf, peaks), places, lse)
-        entropy = nothing if spreads is None else entropy_of(peaks, sums, spreads)
+        entropy = problem.zeros(0) if spreads is None else entropy_of(peaks, sums, spreads)
         total = torch.zeros_like(lse) if totals is None else totals.sum(0)
         return Reductions(lse, picked, total, maximum, argmax, entropy, lse_rest, *problem.tiles(0))
 
