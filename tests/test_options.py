@@ -37,11 +37,16 @@ def test_they_cannot_be_changed():
         Options().min_vocab = 3
 
 
-@pytest.mark.parametrize("value", [True, 1.5, "7", None, [1]], ids=repr)
-@pytest.mark.parametrize("name", ["min_vocab", "min_logits_bytes", "min_flops", "workspace_mib"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        (name, value)
+        for name in ("min_vocab", "min_logits_bytes", "min_flops", "workspace_mib")
+        for value in (True, 1.5, "7", None, [1])
+        if (name, value) != ("workspace_mib", None)  # it may be left open
+    ],
+)
 def test_numbers_must_be_ints(name, value):
-    if name == "workspace_mib" and value is None:  # it may be left open
-        return
     with pytest.raises(TypeError, match=f"option {name} must be an int, got"):
         Options(**{name: value})
 

@@ -23,7 +23,7 @@ from .blocks import ALIGNMENT, Fill, exact_backward
 from .combine import largest
 from .fallback import first_that_runs, smaller
 from .kept_tiles import KeptTiles, Place
-from .launch import Launch, device_properties, ignore_arguments
+from .launch import Launch, device_properties, gradient_arguments, ignore_arguments
 from .problem import LEAST_LOG, Problem, Reductions, RowGradients, Tiles, spans
 
 COLUMN_MULTIPLE = 256  # vocabulary slices are multiples of the widest tile
@@ -39,9 +39,7 @@ def supported(problem: Problem) -> bool:
     """
     on_gpu = problem.hidden.is_cuda  # elsewhere Triton's interpreter runs the kernels, and float32 is its best dtype
     dtypes = (torch.bfloat16, torch.float16) if on_gpu else (torch.bfloat16, torch.float16, torch.float32)
-    operands = (problem.hidden, problem.weight, problem.target)
-    empty = any(operand is not None and operand.numel() == 0 for operand in operands)
-    return problem.compute_dtype in dtypes and not empty
+    return problem.compute_dtype in dtypes and not problem.is_empty
 
 
 def recorded_tiles(
@@ -327,7 +325,6 @@ def gradient_of(problem: Problem, lse: Tensor, grads: RowGradients, kept: KeptTi
         rows: slice, columns: slice, weight: Tensor, dz: Tensor, grad_bias: Tensor | None, place: Place | None
     ) -> None:
         launch = anew if place is None else from_kept
-        here = grads.map(lambda vector: vector[rows])
         tile_bias = None
         if grad_bias is not None:
             tile_bias = problem.zeros(launch.row_blocks(rows), weight.shape[0])
@@ -337,26 +334,16 @@ def gradient_of(problem: Problem, lse: Tensor, grads: RowGradients, kept: KeptTi
             columns,
             weight,
             place=place,
-            lse=lse[rows],
-            grad_lse=here.lse,
-            grad_picked=here.picked,
-            grad_total=here.total,
-            grad_maximum=here.maximum,
-            grad_entropy=here.entropy,
-            argmax=here.argmax if here.maximum is not None else None,
-            entropy=here.row_entropy if here.entropy is not None else None,
+            **gradient_arguments(problem, lse, grads, rows),
             target=None if targets is None else targets[rows],
             num_targets=problem.targets_per_row,
             first_column=columns.start,
             **ignore_arguments(problem),
             dz=dz,
             tile_bias=tile_bias,
-            VALUE_AND_SLOPE=template.load(problem.logit_map).value_and_slope,
             HAS_TARGET=problem.targets_per_row == 1,
             SEARCH_STEPS=problem.targets_per_row.bit_length() if several else 0,
             WANT_BIAS=grad_bias is not None,
-            HAS_MAXIMUM=here.maximum is not None,
-            HAS_ENTROPY=here.entropy is not None,
             FROM_KEPT=place is not None,
         )
         if grad_bias is not None and tile_bias is not None:

@@ -107,7 +107,7 @@ def _in_blocks(
 
 def _aten_blocks(problem: Problem, grad_weight: Tensor) -> _Blocks:
     """Logits that are kept, those that are worked on and their gradient are in three places."""
-    workspace_bytes = min(problem.workspace_bytes, _logits_bytes(problem) // LOGITS_SHARE)
+    workspace_bytes = min(problem.workspace_bytes, problem.logits_bytes // LOGITS_SHARE)
     if problem.hidden.is_cuda:
         group_rows = gpu_group_rows(problem, workspace_bytes, grad_weight.numel() > 0)
     else:
@@ -126,7 +126,7 @@ def _aten_blocks(problem: Problem, grad_weight: Tensor) -> _Blocks:
 
 def _stored_blocks(problem: Problem, grad_weight: Tensor) -> _Blocks:
     """One place for the logits of a group, which become their gradient; else for slices of those of all rows."""
-    most = max(_logits_bytes(problem) // GPU_LOGITS_SHARE, SMALL)
+    most = max(problem.logits_bytes // GPU_LOGITS_SHARE, SMALL)
     problem = replace(problem, workspace_bytes=min(problem.workspace_bytes, most))
     group_rows = gpu_group_rows(problem, problem.workspace_bytes, grad_weight.numel() > 0)
     at_hand = group_rows <= _rows_that_fit(problem, problem.workspace_bytes)
@@ -143,10 +143,6 @@ def _stored_blocks(problem: Problem, grad_weight: Tensor) -> _Blocks:
         reduce=lambda rows: stored.reduce_rows(problem, rows, workspace, kept),
         gradient_of=lambda lse, grads: stored.gradient_of(problem, lse, grads, kept, at_hand),
     )
-
-
-def _logits_bytes(problem: Problem) -> int:
-    return problem.num_rows * problem.vocab_size * problem.compute_dtype.itemsize
 
 
 def _rows_that_fit(problem: Problem, workspace_bytes: int) -> int:

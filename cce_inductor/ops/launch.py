@@ -8,9 +8,10 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..kernels import template
 from ..kernels.config import TileConfig
 from .kept_tiles import Place, kept_arguments
-from .problem import Problem
+from .problem import Problem, RowGradients
 
 
 @functools.lru_cache
@@ -42,6 +43,35 @@ def has_tma(device: torch.device) -> bool:
 def ignore_arguments(problem: Problem) -> dict[str, Any]:
     """How kernels that look at targets are told of `ignore_index`."""
     return {"ignore_index": problem.ignore_index or 0, "HAS_IGNORE_INDEX": problem.ignore_index is not None}
+
+
+def vocabulary_arguments(problem: Problem, columns: slice) -> dict[str, Any]:
+    """What kernels are told of each class of a slice of the vocabulary."""
+    return {
+        "bias": None if problem.bias is None else problem.bias[columns],
+        "total_weight": None if problem.total_weight is None else problem.total_weight[columns],
+        "HAS_BIAS": problem.bias is not None,
+        "WANT_TOTAL": problem.want_total,
+        "HAS_TOTAL_WEIGHT": problem.total_weight is not None,
+    }
+
+
+def gradient_arguments(problem: Problem, lse: Tensor, grads: RowGradients, rows: slice) -> dict[str, Any]:
+    """What kernels that compute the gradient of logits are told of some rows."""
+    here = grads.map(lambda vector: vector[rows])
+    return {
+        "lse": lse[rows],
+        "grad_lse": here.lse,
+        "grad_picked": here.picked,
+        "grad_total": here.total,
+        "grad_maximum": here.maximum,
+        "grad_entropy": here.entropy,
+        "argmax": here.argmax if here.maximum is not None else None,
+        "entropy": here.row_entropy if here.entropy is not None else None,
+        "VALUE_AND_SLOPE": template.load(problem.logit_map).value_and_slope,
+        "HAS_MAXIMUM": here.maximum is not None,
+        "HAS_ENTROPY": here.entropy is not None,
+    }
 
 
 def can_use_tma(*tensors: Tensor) -> bool:
@@ -103,8 +133,7 @@ class Launch:
             }
         kernel[(min(tiles, self.programs),)](
             **operands,
-            bias=None if problem.bias is None else problem.bias[columns],
-            total_weight=None if problem.total_weight is None else problem.total_weight[columns],
+            **vocabulary_arguments(problem, columns),
             num_rows=hidden.shape[0],
             num_columns=weight.shape[0],
             width=problem.width,
@@ -112,9 +141,6 @@ class Launch:
             stride_hd=hidden.stride(1),
             stride_wv=weight.stride(0),
             stride_wd=weight.stride(1),
-            HAS_BIAS=problem.bias is not None,
-            WANT_TOTAL=problem.want_total,
-            HAS_TOTAL_WEIGHT=problem.total_weight is not None,
             USE_TMA=tma,
             BLOCK_N=n,
             BLOCK_V=v,

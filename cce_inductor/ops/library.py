@@ -17,10 +17,10 @@ The coefficients get no gradient.
 the matmuls are cast to (autocast: a float32 parameter with bfloat16 arithmetic), while gradients come back in each
 input's own dtype. `want_total` asks for the third result, which is zero otherwise, `want_max` for maximum and argmax,
 `want_entropy` for the entropy, which are empty otherwise. `workspace_mib` bounds the scratch memory of the backward;
-`workspace.py` says what None stands for.
-`approximate_mass` is how much of each row's probability gradients may approximate, 0 for exact ones. `tile_lse` and
-`tile_top` are what the forward hands to an approximate backward, where there is one, else empty. With `skip_ignored`
-nobody reads results but picked of rows whose target is `ignore_index`: they may be anything but nan.
+`workspace.py` says what None stands for. `approximate_mass` is how much of each row's probability gradients may
+approximate, 0 for exact ones. `tile_lse` and `tile_top` are what the forward hands to an approximate backward, where
+there is one, else empty. With `skip_ignored` nobody reads results but picked of rows whose target is `ignore_index`:
+they may be anything but nan.
 `lse_rest` is what rounding took from lse: a log-probability is picked - lse - lse_rest. It has no gradient. In a
 row with a nan or +inf logit lse is nan, as the log-softmax of such a row is.
 """

@@ -156,6 +156,16 @@ class Problem:
         return self.hidden.shape[1]
 
     @property
+    def is_empty(self) -> bool:
+        """Whether an operand has no elements."""
+        return any(t is not None and t.numel() == 0 for t in (self.hidden, self.weight, self.target))
+
+    @property
+    def logits_bytes(self) -> int:
+        """What the logits would take in the dtype of the matmuls."""
+        return self.num_rows * self.vocab_size * self.compute_dtype.itemsize
+
+    @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype of the operands of the matmuls."""
         return self.hidden.dtype

@@ -15,7 +15,7 @@ from ..kernels.stored import gradient_stored_kernel, reduce_stored_kernel
 from .blocks import Fill, exact_backward
 from .combine import entropy_of, largest, log_sum
 from .kept import KeptLogits
-from .launch import device_properties, ignore_arguments
+from .launch import device_properties, gradient_arguments, ignore_arguments, vocabulary_arguments
 from .problem import Problem, Reductions, RowGradients, spans
 
 ALIGNMENT = 16  # rows of a block that begin at multiples of so many numbers are read in the largest pieces
@@ -31,8 +31,7 @@ def supported(problem: Problem) -> bool:
 
 def covers(problem: Problem) -> bool:
     """Not covered: other dtypes than float32, several targets of each row, empty operands."""
-    empty = min(problem.num_rows, problem.vocab_size, problem.width) == 0
-    return problem.compute_dtype == torch.float32 and not problem.several_targets and not empty
+    return problem.compute_dtype == torch.float32 and not problem.several_targets and not problem.is_empty
 
 
 def forward(problem: Problem, block_rows: int, block_columns: int) -> Reductions:
@@ -127,7 +126,6 @@ def gradient_of(problem: Problem, lse: Tensor, grads: RowGradients, kept: KeptLo
         z = kept.block(rows, columns)
         if z is None:
             z = dz if at_hand else torch.mm(problem.hidden[rows], weight.T, out=dz)
-        here = grads.map(lambda vector: vector[rows])
         _launch(
             gradient_stored_kernel,
             problem,
@@ -135,18 +133,8 @@ def gradient_of(problem: Problem, lse: Tensor, grads: RowGradients, kept: KeptLo
             columns,
             z,
             dz=dz,
-            lse=lse[rows],
-            grad_lse=here.lse,
-            grad_picked=here.picked,
-            grad_total=here.total,
-            grad_maximum=here.maximum,
-            grad_entropy=here.entropy,
-            argmax=here.argmax if here.maximum is not None else None,
-            entropy=here.row_entropy if here.entropy is not None else None,
             stride_dz=dz.stride(0),
-            VALUE_AND_SLOPE=template.load(problem.logit_map).value_and_slope,
-            HAS_MAXIMUM=here.maximum is not None,
-            HAS_ENTROPY=here.entropy is not None,
+            **gradient_arguments(problem, lse, grads, rows),
         )
         if grad_bias is not None:
             grad_bias += dz.sum(0)
@@ -160,21 +148,17 @@ def _launch(kernel: Any, problem: Problem, rows: slice, columns: slice, z: Tenso
     num_rows, num_columns = z.shape
     kernel[(-(-num_rows // config.block_n) * -(-num_columns // config.block_v),)](
         z=z,
-        bias=None if problem.bias is None else problem.bias[columns],
         target=None if problem.target is None else problem.target[rows],
-        total_weight=None if problem.total_weight is None else problem.total_weight[columns],
         num_rows=num_rows,
         num_columns=num_columns,
         first_column=columns.start,
         stride_z=z.stride(0),
-        HAS_BIAS=problem.bias is not None,
         HAS_TARGET=problem.target is not None,
-        WANT_TOTAL=problem.want_total,
-        HAS_TOTAL_WEIGHT=problem.total_weight is not None,
         BLOCK_N=config.block_n,
         BLOCK_V=config.block_v,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **vocabulary_arguments(problem, columns),
         **ignore_arguments(problem),
         **arguments,
     )

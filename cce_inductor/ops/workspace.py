@@ -19,8 +19,7 @@ def _room_below_half_of_compiled(problem: Problem) -> int:
     """Bytes of a workspace with which the peak stays below half of torch.compile's, which holds the logits and both
     gradients; below zero where it can't."""
     rows, vocab_size, width = problem.num_rows, problem.vocab_size, problem.width
-    logits = rows * vocab_size * problem.compute_dtype.itemsize
     gradients = rows * width * problem.hidden_dtype.itemsize + vocab_size * width * problem.weight.dtype.itemsize
     sums = 0 if problem.hidden_dtype == problem.accumulate_dtype else rows * width * problem.accumulate_dtype.itemsize
     records = rows * vocab_size // (8 * problem.compute_dtype.itemsize)  # at most; of tiles, and what is made of them
-    return (logits + gradients) // 2 - gradients - sums - records
+    return (problem.logits_bytes + gradients) // 2 - gradients - sums - records

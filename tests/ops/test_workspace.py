@@ -1,10 +1,9 @@
 """How much memory a loss that keeps its logits takes where the user leaves that open."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
+from cce_inductor.compat import FakeTensorMode
 from cce_inductor.ops.problem import MIB, Problem
 from cce_inductor.ops.workspace import for_loss_with_gradients
 
@@ -16,16 +15,12 @@ SHAPES = {
 }
 
 
-def problem(rows, vocab, width, workspace_mib, dtype=torch.bfloat16, is_cuda=True):
+def problem(rows, vocab, width, workspace_mib, dtype=torch.bfloat16, device="cuda"):
     """Without memory for the operands."""
-    hidden, weight, target = (
-        torch.empty(*size, dtype=kind, device="meta")
-        for size, kind in (((rows, width), dtype), ((vocab, width), dtype), ((rows,), torch.int64))
-    )
-    made = Problem.plain(hidden, weight, target, workspace_mib, 0.0)
-    on_gpu = SimpleNamespace(**{name: getattr(hidden, name) for name in ("shape", "dtype")}, is_cuda=is_cuda)
-    object.__setattr__(made, "hidden", on_gpu)
-    return made
+    with FakeTensorMode():
+        hidden, weight = (torch.empty(size, width, dtype=dtype, device=device) for size in (rows, vocab))
+        target = torch.empty(rows, dtype=torch.int64, device=device)
+        return Problem.plain(hidden, weight, target, workspace_mib, 0.0)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -49,5 +44,5 @@ def test_a_given_size_is_kept_to():
 
 
 def test_a_cpu_takes_no_more():
-    given = problem(*SHAPES["gemma2"], None, is_cuda=False)
+    given = problem(*SHAPES["gemma2"], None, device="cpu")
     assert for_loss_with_gradients(given) is given
