@@ -219,14 +219,14 @@ FAULTS = [
     Fault(
         "stored: groups cost nothing",
         "ops/in_forward.py",
-        "(groups - 1) * GPU_GROUP_ROWS < computed_again",
-        "0 < computed_again",
+        "(groups - 1) * GPU_GROUP_ROWS >= computed_again",
+        "0 >= computed_again",
         STORED,
     ),
     Fault(
         "stored: the workspace may hold all logits",
         "ops/in_forward.py",
-        "workspace_bytes=min(problem.workspace_bytes, share)",
+        "workspace_bytes=min(problem.workspace_bytes, most)",
         "workspace_bytes=problem.workspace_bytes",
         "tests/ops/test_memory.py -k float32",
     ),
