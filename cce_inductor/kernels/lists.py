@@ -47,7 +47,7 @@ def lists_kernel(
     active,  # [1 + 2 * tiles, N], bool: dense rows, active pairs, tops
     tile_top,  # [tiles, N], int32
     list_start,  # [lists + 1]
-    slot_rows,  # [slots * BLOCK_N], int32: the listed rows
+    slot_rows,  # [slots * BLOCK_N], int32, -1 before: the listed rows
     slot_tile,  # [slots], int32: the tile of each slot of active pairs
     num_rows,
     num_tiles,
@@ -77,8 +77,6 @@ def lists_kernel(
         places = first + count + tl.cumsum(listed.to(tl.int32), 0) - 1
         tl.store(slot_rows + places, rows, mask=listed)
         count += tl.sum(listed.to(tl.int32), 0)
-    tail = count + tl.arange(0, BLOCK_N)
-    tl.store(slot_rows + first + tail, tl.full((BLOCK_N,), -1, dtype=tl.int32), mask=tail < slots * BLOCK_N)
     if (top < 0) & (tile >= 0):
         places = tl.arange(0, ROW_BLOCKS)
         tl.store(slot_tile + start + places, tl.zeros((ROW_BLOCKS,), dtype=tl.int32) + tile, mask=places < slots)

@@ -161,14 +161,19 @@ class _TileResults:
 
     @classmethod
     def allocate(cls, problem: Problem, tiles: int, want_top: bool) -> "_TileResults":
-        lse = problem.hidden.new_empty((tiles, problem.num_rows), dtype=torch.float32)
+        """Zeros where the kernel may leave rows out, so that what is read of them never depends on old memory."""
+
+        def room(dtype: torch.dtype = torch.float32) -> Tensor:
+            new = problem.hidden.new_zeros if problem.leaves_out else problem.hidden.new_empty
+            return new((tiles, problem.num_rows), dtype=dtype)
+
         return cls(
-            lse=lse,
-            total=torch.empty_like(lse) if problem.want_total else None,
-            maximum=torch.empty_like(lse) if problem.want_max else None,
-            argmax=torch.empty_like(lse, dtype=torch.int32) if problem.want_max else None,
-            entropy=torch.empty_like(lse) if problem.want_entropy else None,
-            top=torch.empty_like(lse, dtype=torch.int32) if want_top else None,
+            lse=room(),
+            total=room() if problem.want_total else None,
+            maximum=room() if problem.want_max else None,
+            argmax=room(torch.int32) if problem.want_max else None,
+            entropy=room() if problem.want_entropy else None,
+            top=room(torch.int32) if want_top else None,
         )
 
     def combined(self, problem: Problem) -> Reductions:
@@ -176,7 +181,7 @@ class _TileResults:
         counts = problem.counts
 
         def counted(vector: Tensor, otherwise: float) -> Tensor:
-            """What the kernel left out was never written."""
+            """What the kernel left out is not a result."""
             return vector if counts is None else torch.where(counts, vector, otherwise)
 
         lse = torch.logsumexp(self.lse, 0)

@@ -89,7 +89,7 @@ class RowLists:
     """Lists and rounds as `kernels/lists.py` describes them."""
 
     list_start: Tensor  # [lists + 1], int32
-    slot_rows: Tensor  # [slots * block_n], int32; one slot more than there can be, for what is read ahead
+    slot_rows: Tensor  # [slots * block_n], int32, -1 where no row is listed; one slot more, for what is read ahead
     slot_tile: Tensor  # [slots], int32, of dense rows and active pairs
     round_tiles: Tensor  # [rounds + 1], int32
     rounds: int
@@ -105,7 +105,7 @@ class RowLists:
         slots = (count + 1) * (most + tile_width // part) + 1
         lists = cls(
             list_start=counts.new_empty(len(counts) + 1),
-            slot_rows=counts.new_empty(slots * block_n),
+            slot_rows=counts.new_full((slots * block_n,), -1),
             slot_tile=counts.new_empty(slots),
             round_tiles=counts.new_empty(rounds + 1),
             rounds=rounds,
