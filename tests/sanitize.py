@@ -23,6 +23,9 @@ ROOT = Path(__file__).parent.parent
 TOOLS = ("memcheck", "racecheck", "initcheck")
 TESTS = "tests/ops/test_gpu.py"
 SMALL = "no_worse or ignored_rows"  # what else there is needs much memory, or counts on its speed
+# initcheck takes memory that a tensor memory accelerator wrote, for Triton or for cuBLAS, to be without a value. Where
+# rows are not aligned for that, the same kernels store by pointers.
+ONLY = {"initcheck": "pointers"}
 
 
 def places() -> Iterator[Path]:
@@ -42,6 +45,8 @@ def places() -> Iterator[Path]:
 
 def sanitize(sanitizer: Path, tool: str, expression: str, seconds: float) -> bool:
     """Whether tests ran and nothing was found."""
+    if tool in ONLY:
+        expression = f"({expression}) and {ONLY[tool]}"
     command = [str(sanitizer), "--tool", tool, "--error-exitcode", "9", "--target-processes", "all", sys.executable]
     command += ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", TESTS, "-k", expression]
     # memory that PyTorch keeps for itself hides what is out of bounds of a tensor

@@ -211,13 +211,15 @@ def test_peak_memory_is_the_gradients_and_the_workspace(workspace_mib):
     assert peak < rows * vocab * 2 / 2, "as much as half of the logits in bfloat16"
 
 
+@pytest.mark.parametrize("approximate_mass", [0.0, 2**-20], ids=["exact", "sparse"])
 @pytest.mark.parametrize("width", [1024, 1023], ids=["descriptors", "pointers"])
-def test_int64_offsets_into_the_weight(width):
+def test_int64_offsets_into_the_weight(width, approximate_mass, monkeypatch):
+    monkeypatch.setattr(sparse, "LEAST_FLOPS", 0)
     vocab, rows = 2**31 // 1000 + 300, 64
     hidden, weight = random(rows, width, scale=0.1), random(vocab, width, scale=0.1)
     target = torch.randint(vocab - 200, vocab, (rows,), device="cuda")
     weight[-200:] += hidden[:1]  # what lies past the offset matters for the result
-    check_against_a_float32_reference(hidden, weight, target)
+    check_against_a_float32_reference(hidden, weight, target, approximate_mass=approximate_mass)
 
 
 @pytest.mark.parametrize("width", [1024, 1023], ids=["descriptors", "pointers"])
@@ -238,11 +240,11 @@ def test_int64_offsets_into_the_workspace_and_the_tiles(width, dtype):
     check_against_a_float32_reference(hidden, weight, target, workspace_mib=dtype.itemsize * rows * vocab // MIB)
 
 
-def check_against_a_float32_reference(hidden, weight, target, workspace_mib=256):
+def check_against_a_float32_reference(hidden, weight, target, **how):
     """Losses of the last rows, and gradients of the last rows of both operands, against plain float32."""
     hidden.requires_grad_()
     weight.requires_grad_()
-    lse, picked = plain(hidden, weight, target, workspace_mib)
+    lse, picked = plain(hidden, weight, target, **how)
     losses = lse - picked
     losses.sum().backward()
     with torch.no_grad():
