@@ -149,8 +149,10 @@ def test_after_a_forward_through_aten_a_sparse_backward_skips_nothing(monkeypatc
     needs_grad = [True, True, False]
     grads = RowGradients(*case.grads[:3])
     saved = problem, lse, Tiles(tile_lse, tile_top), grads, needs_grad
-    for mine, theirs in zip(cuda.backward(*saved), cpu.backward(*saved), strict=True):
-        torch.testing.assert_close(mine, theirs)
+    # exp(z - lse) is as far off, relatively, as its two operands are
+    rounding = 4 * torch.finfo(torch.float32).eps * (case.hidden @ case.weight.T).abs().max().item()
+    for mine, theirs in zip(cuda.backward(*saved)[:2], cpu.backward(*saved)[:2], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=rounding, atol=rounding * theirs.abs().max().item())
 
 
 def test_a_loss_with_its_gradients_is_computed_in_less_memory(monkeypatch):
