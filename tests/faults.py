@@ -23,6 +23,12 @@ class Fault:
     tests: str  # arguments for pytest: the few that should catch it
     gpu: bool = False  # whether only a GPU shows it
 
+    def planted_in(self, source: str) -> str:
+        """The source with the fault; ValueError unless there is exactly one place for it."""
+        if source.count(self.old) != 1:
+            raise ValueError(f"{self.old!r} occurs {source.count(self.old)} times")
+        return source.replace(self.old, self.new)
+
 
 FAULTS = [
     # kernels

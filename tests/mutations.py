@@ -30,10 +30,10 @@ def outcome(fault: Fault) -> str:
             shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", copy)
         source = copy / "cce_inductor" / fault.file
-        text = source.read_text()
-        if text.count(fault.old) != 1:
-            return f"not planted: {fault.old!r} occurs {text.count(fault.old)} times"
-        source.write_text(text.replace(fault.old, fault.new))
+        try:
+            source.write_text(fault.planted_in(source.read_text()))
+        except ValueError as error:
+            return f"not planted: {error}"
         flags = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-profile=mutations"]
         command = [sys.executable, "-m", "pytest", *flags, *fault.tests.split()]
         environment = os.environ | {"PYTHONPATH": str(copy)}

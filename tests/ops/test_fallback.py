@@ -149,10 +149,12 @@ def test_after_a_forward_through_aten_a_sparse_backward_skips_nothing(monkeypatc
     needs_grad = [True, True, False]
     grads = RowGradients(*case.grads[:3])
     saved = problem, lse, Tiles(tile_lse, tile_top), grads, needs_grad
-    # exp(z - lse) is as far off, relatively, as its two operands are
+    gradients, expected = cuda.backward(*saved), cpu.backward(*saved)
+    # exp(z - lse) is as far off, relatively, as z and lse are, on both sides
     rounding = 4 * torch.finfo(torch.float32).eps * (case.hidden @ case.weight.T).abs().max().item()
-    for mine, theirs in zip(cuda.backward(*saved)[:2], cpu.backward(*saved)[:2], strict=True):
+    for mine, theirs in zip(gradients[:2], expected[:2], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=rounding, atol=rounding * theirs.abs().max().item())
+    torch.testing.assert_close(gradients[2], expected[2])  # nothing: no gradient of a bias is asked for
 
 
 def test_a_loss_with_its_gradients_is_computed_in_less_memory(monkeypatch):
