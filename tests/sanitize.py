@@ -8,7 +8,9 @@ own, so that an error in one says nothing of others. Fails where a tool finds so
 """
 
 import argparse
+import importlib
 import os
+import pkgutil
 import re
 import shutil
 import site
@@ -19,8 +21,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from triton import JITFunction
+
+from cce_inductor import kernels
 
 ROOT = Path(__file__).parent.parent
+PREFIX = f"{kernels.__name__}."
 TOOLS = ("memcheck", "racecheck", "initcheck")
 TESTS = "tests/ops/test_gpu.py"
 # What else there is needs much memory, counts on its speed, or differs in the values of its data only.
@@ -28,9 +34,6 @@ SMALL = "(no_worse or ignored_rows) and not uniform and not certain"
 # initcheck takes memory that a tensor memory accelerator wrote, for Triton or for cuBLAS, to be without a value. Where
 # rows are not aligned for that, the same kernels store by pointers.
 ONLY = {"initcheck": "pointers"}
-# racecheck takes how some of cuBLAS's kernels synchronise for races.
-OPTIONS = {"racecheck": ["--kernel-name-exclude", "kernel_substring=nvjet"]}
-
 
 def places() -> Iterator[Path]:
     """Where compute-sanitizer may be: on the path, in CUDA toolkits, in Python packages."""
@@ -58,9 +61,19 @@ def tests(expression: str) -> list[str]:
     return [line for line in told.splitlines() if "::" in line]
 
 
+def ours() -> list[str]:
+    """Options for our kernels alone: racecheck takes how some of cuBLAS's synchronise for races, and is slow."""
+    modules = (importlib.import_module(module.name) for module in pkgutil.iter_modules(kernels.__path__, PREFIX))
+    functions = {name for module in modules for name, value in vars(module).items() if isinstance(value, JITFunction)}
+    names = sorted(name for name in functions if name.endswith("_kernel"))
+    return [option for name in names for option in ("--kernel-name", f"kernel_name={name}")]
+
+
 def found(sanitizer: Path, tool: str, options: list[str], test: str, seconds: float) -> list[str]:
     """What the tool and pytest say of a test where one of them has something to say; nothing where all is well."""
-    command = [str(sanitizer), "--tool", tool, "--error-exitcode", "9", *OPTIONS.get(tool, []), *options, *pytest(test)]
+    if tool == "racecheck":
+        options = [*options, *ours()]
+    command = [str(sanitizer), "--tool", tool, "--error-exitcode", "9", *options, *pytest(test)]
     # memory that PyTorch keeps for itself hides what is out of bounds of a tensor
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:
@@ -80,11 +93,12 @@ def sanitize(sanitizer: Path, tool: str, options: list[str], expression: str, jo
         expression = f"({expression}) and {ONLY[tool]}"
     names = tests(expression)
     with ThreadPoolExecutor(jobs) as pool:
-        results = list(pool.map(lambda test: found(sanitizer, tool, options, test, seconds), names))
-    for name, result in zip(names, results, strict=True):
-        if result:
-            print(f"{tool}: {name}", *result[:12], sep="\n    ", flush=True)
-    clean = sum(not result for result in results)
+        results = pool.map(lambda test: found(sanitizer, tool, options, test, seconds), names)
+        clean = 0
+        for name, result in zip(names, results, strict=True):
+            if result:
+                print(f"{tool}: {name}", *result[:12], sep="\n    ", flush=True)
+            clean += not result
     print(f"{tool}: {clean} of {len(names)} tests clean", flush=True)
     return 0 < clean == len(names)
 
