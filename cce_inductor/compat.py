@@ -35,6 +35,7 @@ __all__ = [
     "assert_on_device",
     "below_torch_function",
     "cache_dir",
+    "compiled_alone",
     "constant_size",
     "cpp_compiler",
     "differentiated_by_transform",
@@ -48,6 +49,7 @@ __all__ = [
     "inductor_option_names",
     "is_mutable",
     "is_tracing",
+    "multiplies_in_hardware",
     "nn_functions",
     "refusing_second_derivatives",
     "size_hint",
@@ -92,6 +94,11 @@ def cache_dir() -> str:
     return inductor_cache_dir()
 
 
+def multiplies_in_hardware() -> bool:
+    """Whether the CPU has units for matrix products in bfloat16 (AMX)."""
+    return torch.cpu._is_amx_tile_supported()
+
+
 def cpp_compiler() -> str | None:
     """The C++ compiler that Inductor takes (CXX); None where there is none."""
     from torch._inductor.cpp_builder import get_cpp_compiler
@@ -108,6 +115,19 @@ def inductor_backend(mode: str | None, options: dict[str, Any] | None) -> Callab
     It checks the names and types of Inductor's options and raises RuntimeError on a wrong one.
     """
     return torch._TorchCompileInductorWrapper(mode, options, None)
+
+
+def compiled_alone(gm: torch.fx.GraphModule) -> Callable:
+    """A graph of our own, compiled by Inductor for tensors of any size, and without what `enable()` adds to it."""
+
+    def inductor(gm: torch.fx.GraphModule, inputs: Any) -> Callable:
+        from torch._inductor.compile_fx import compile_fx  # slow to import, and a program has done so if it compiles
+
+        with inductor_config.patch(pre_grad_custom_pass=None):
+            compiled: Any = compile_fx(gm, inputs)
+        return compiled
+
+    return torch.compile(gm, backend=inductor, dynamic=True, fullgraph=True)
 
 
 def around_inductor(hook: Callable[[Callable, Any, Any], Callable]) -> Callable[[], None]:

@@ -10,6 +10,7 @@ LOSSES = "tests/ops/test_losses.py"
 SCALED = "tests/ops/test_scaled_loss.py"
 KEPT = "tests/ops/test_kept_tiles.py"
 CPU_SPARSE = "tests/ops/test_cpu_sparse.py"
+CPU_FUSED = "tests/ops/test_cpu_fused.py -k no_worse"
 MAPS = "tests/test_logit_map.py"
 GRAPH = "tests/graph/test_"
 
@@ -299,6 +300,22 @@ FAULTS = [
         "unsqueeze(0), True)",
         "unsqueeze(0), False)",
         CPU_SPARSE,
+    ),
+    Fault("fused: no bias", "ops/cpu_fused.py", "sum(bias, product.float())", "product.float()", CPU_FUSED),
+    Fault("fused: f' is forgotten", "ops/cpu_fused.py", "dx = dx if slope is None else dx * slope", "pass", CPU_FUSED),
+    Fault(
+        "fused: a block without its targets",
+        "ops/cpu_fused.py",
+        "dz.scatter_(1, at_target.column",
+        "dz.clone().scatter_(1, at_target.column",
+        CPU_FUSED,
+    ),
+    Fault(
+        "fused: the bias without the targets",
+        "ops/cpu_fused.py",
+        "torch.where(at_target.inside, right - without, 0.0)",
+        "torch.zeros_like(right)",
+        CPU_FUSED,
     ),
     # losses and maps
     Fault(

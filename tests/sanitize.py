@@ -35,6 +35,7 @@ SMALL = "(no_worse or ignored_rows) and not uniform and not certain"
 # rows are not aligned for that, the same kernels store by pointers.
 ONLY = {"initcheck": "pointers"}
 
+
 def places() -> Iterator[Path]:
     """Where compute-sanitizer may be: on the path, in CUDA toolkits, in Python packages."""
     on_path = shutil.which("compute-sanitizer")

@@ -17,12 +17,12 @@ BLOCK_BYTES = 4 * MIB  # of one block of logits in float32: stays in a last-leve
 GPU_BLOCK_ROWS = 4096  # there the workspace bounds a block, and matmuls want more of everything
 
 
-def block_shape(problem: Problem, most_rows: int | None = None) -> tuple[int, int]:
+def block_shape(problem: Problem, most_rows: int | None = None, block_rows: int = BLOCK_ROWS) -> tuple[int, int]:
     """(rows, columns) of a block: many rows, so that each slice of the weight is read a few times only."""
     if problem.hidden.is_cuda:
         rows, size = GPU_BLOCK_ROWS, problem.workspace_bytes
     else:
-        rows, size = BLOCK_ROWS, min(BLOCK_BYTES, problem.workspace_bytes)
+        rows, size = block_rows, min(BLOCK_BYTES, problem.workspace_bytes)
     rows = max(1, min(problem.num_rows if most_rows is None else most_rows, rows))
     columns = size // problem.accumulate_dtype.itemsize // rows
     return rows, min(max(1, columns // ALIGNMENT) * ALIGNMENT, -(-problem.vocab_size // ALIGNMENT) * ALIGNMENT)
@@ -89,7 +89,7 @@ def check_targets(problem: Problem) -> None:
         raise IndexError(f"Target {first} is out of bounds.")
 
 
-def _in_block(index: Tensor, columns: slice, ignore_index: int | None = None) -> tuple[Tensor, Tensor]:
+def in_block(index: Tensor, columns: slice, ignore_index: int | None = None) -> tuple[Tensor, Tensor]:
     """(index [rows, K] into the block's columns, whether [rows, K] it lies in them and counts), for K classes a row."""
     inside = (index >= columns.start) & (index < columns.stop)
     if ignore_index is not None:
@@ -151,7 +151,7 @@ def reduce_rows(
             place = kept.block(rows, columns)
             x = problem.logit_map(_preactivations(problem, rows, columns, weight, place, again=False, scratch=scratch))
             if problem.target is not None:
-                index, inside = _in_block(problem.target[rows], columns, problem.ignore_index)
+                index, inside = in_block(problem.target[rows], columns, problem.ignore_index)
                 _as_columns(picked)[here] += torch.where(inside, x.gather(1, index), 0.0)
             if problem.want_total:
                 slice_total[number, here] = _weighted_sum(problem, x, columns)
@@ -232,12 +232,12 @@ def gradient_of(problem: Problem, lse: Tensor, grads: RowGradients, kept: KeptLo
         if problem.target is None:
             dx = log_p.exp_().mul_(scale)
         else:
-            index, inside = _in_block(problem.target[rows], columns, problem.ignore_index)
+            index, inside = in_block(problem.target[rows], columns, problem.ignore_index)
             log_picked = log_p.gather(1, index)
             dx = log_p.exp_().mul_(scale)
             _add_picked(dx, log_picked, scale, grad_picked[rows], index, inside)
         if grads.maximum is not None and grads.argmax is not None:
-            index, inside = _in_block(grads.argmax[rows], columns)
+            index, inside = in_block(grads.argmax[rows], columns)
             dx.scatter_add_(1, index, torch.where(inside, grads.maximum[rows].unsqueeze(1), 0.0))
         if problem.want_total:
             total_weight = 1.0 if problem.total_weight is None else problem.total_weight[columns].to(dx.dtype)

@@ -28,6 +28,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .. import compat
 from . import cpu
 from .blocks import Gradients, add_matmul
 from .counted import with_rows
@@ -47,7 +48,12 @@ MULTIPLE = 64  # of the rows of a product: each shape that is new takes a millis
 
 
 def may_skip(problem: Problem) -> bool:
-    """Whether gradients may be approximate, and the problem is large enough for it to pay."""
+    """Whether gradients may be approximate, and it can pay: in a large problem, where products take long.
+
+    Where the CPU has units for them, all of them take less time than gathering rows for some.
+    """
+    if compat.multiplies_in_hardware():
+        return False
     large = problem.num_rows * problem.width >= LEAST_PRODUCT and problem.vocab_size > TILE
     bfloat16 = not problem.hidden.is_cuda and problem.compute_dtype == torch.bfloat16
     return large and bfloat16 and problem.approximate_mass > 0

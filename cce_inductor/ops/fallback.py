@@ -39,7 +39,7 @@ def first_that_runs(kind: Hashable, ways: dict[str, Callable[[], T]]) -> T:
                 raise
             if not isinstance(error, torch.OutOfMemoryError):
                 _cannot_compile.add((kind, name))
-            _warn(name, error)
+            warn_once(name, error)
         # here the error is gone, and with it the memory that its traceback held on to
     return ways[last]()
 
@@ -57,7 +57,7 @@ def _is_of_the_machine(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError | TritonError)
 
 
-def _warn(name: str, error: Exception) -> None:
+def warn_once(name: str, error: Exception) -> None:
     """Once for each implementation and kind of error."""
     if (name, type(error)) not in _warned:
         _warned.add((name, type(error)))

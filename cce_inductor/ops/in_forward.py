@@ -12,7 +12,8 @@ the logits of all rows need not be at hand at once:
 - else, and where there would be too many groups, all rows are one. The logits of the first slices of the vocabulary are
   kept in the memory of the weight's gradient, which is free until then; the rest is computed a second time.
 
-Where much may be skipped on a CPU, `cpu_sparse.py` takes it.
+On a CPU in bfloat16, `cpu_sparse.py` takes it where much may be skipped, and else `cpu_fused.py` does what is not a
+product.
 """
 
 import functools
@@ -23,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import cpu, cpu_sparse, cuda, cuda_loss, stored
+from . import cpu, cpu_fused, cpu_sparse, cuda, cuda_loss, stored
 from .blocks import Fill, Gradients, add_rows
 from .counted import counted_rows, spread, with_rows
 from .fallback import first_that_runs, smaller
@@ -92,7 +93,8 @@ def _in_blocks(
         return cpu_sparse.loss_and_gradients(problem, coefficient, share, gradients)
     losses, lse, grad_lse = (problem.zeros(problem.num_rows) for _ in range(3))
     grads = RowGradients(grad_lse, -coefficient, torch.zeros_like(grad_lse))
-    blocks = blocks_of(problem, gradients.weight)
+    fused = blocks_of is _aten_blocks and cpu_fused.supported(problem)
+    blocks = (_fused_blocks if fused else blocks_of)(problem, gradients.weight)
     fill = blocks.gradient_of(lse, grads)
     for rows in spans(problem.num_rows, max(1, blocks.group_rows)):
         results = blocks.reduce(rows)
@@ -121,6 +123,20 @@ def _aten_blocks(problem: Problem, grad_weight: Tensor) -> _Blocks:
         workspace=problem.hidden.new_empty(shape),
         reduce=lambda rows: cpu.reduce_rows(problem, rows, *shape, kept, scratch),
         gradient_of=lambda lse, grads: cpu.gradient_of(problem, lse, grads, kept, scratch),
+    )
+
+
+def _fused_blocks(problem: Problem, grad_weight: Tensor) -> _Blocks:
+    """All rows in one group; more of them in a block than elsewhere."""
+    workspace_bytes = min(problem.workspace_bytes, problem.logits_bytes // LOGITS_SHARE)
+    shape = cpu.block_shape(problem, block_rows=cpu_fused.BLOCK_ROWS)
+    kept = KeptLogits.within(problem, problem.num_rows, shape[1], workspace_bytes, grad_weight)
+    scratch = cpu.Scratch(problem, *shape)
+    return _Blocks(
+        problem.num_rows,
+        workspace=problem.hidden.new_empty(shape),
+        reduce=lambda rows: cpu_fused.reduce_rows(problem, shape[1], kept, scratch),
+        gradient_of=lambda lse, grads: cpu_fused.gradient_of(problem, lse, grads, kept, scratch),
     )
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch._dynamo.backends.registry import lookup_backend
 
 LEAST_REWRITTEN = 0.6
-CI = settings.default.max_examples  # 40 by default
+SCALE = settings.default.max_examples / settings.get_profile("default").max_examples  # 1, but for longer profiles
 
 
 def hold(program: Program, lower: Callable | None = None) -> bool:
@@ -116,12 +116,12 @@ def fuzz(count: int, caplog, say: Callable, lower: Callable | None = None) -> co
 
 @pytest.mark.fuzz
 def test_uncompiled(caplog, say):
-    counts = fuzz(192 * CI // 40, caplog, say)
+    counts = fuzz(int(192 * SCALE), caplog, say)
     assert counts[True] >= LEAST_REWRITTEN * counts.total(), counts
 
 
 @pytest.mark.fuzz
 def test_with_inductor(caplog, say):
     with torch._inductor.config.patch(fallback_random=True):  # the random numbers of eager PyTorch
-        counts = fuzz(8 * CI // 40, caplog, say, lookup_backend("inductor"))
+        counts = fuzz(int(8 * SCALE), caplog, say, lookup_backend("inductor"))
     assert counts[True] > 0, counts
