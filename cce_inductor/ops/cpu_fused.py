@@ -106,15 +106,13 @@ def gradient_of(problem: Problem, lse: Tensor, grads: RowGradients, kept: KeptLo
         # a certain row's p * scale + grad_picked is nothing but what p lacks of 1, which rounding takes from p
         right = log_p.expm1().mul_(scale).add_(scale + grads.picked[rows].unsqueeze(1))
         right = right if slope is None else right.mul_(slope)
-        dz.scatter_(
-            1, at_target.column, torch.where(at_target.inside, right.to(dz.dtype), dz.gather(1, at_target.column))
-        )
+        otherwise = dz.gather(1, at_target.column)
+        dz.scatter_(1, at_target.column, torch.where(at_target.inside, right.to(dz.dtype), otherwise))
         if grad_bias is not None:
-            there = log_p.exp().mul_(scale)
+            there = log_p.exp_().mul_(scale)  # what the sums have at the targets
             there = there if slope is None else there.mul_(slope)
-            grad_bias += sums.index_add_(
-                0, at_target.column.squeeze(1), torch.where(at_target.inside, right - there, 0.0).squeeze(1)
-            )
+            missing = torch.where(at_target.inside, right - there, 0.0)
+            grad_bias += sums.index_add_(0, at_target.column.squeeze(1), missing.squeeze(1))
 
     return fill
 
