@@ -52,10 +52,8 @@ def _preactivations(
 
     kept: where the product goes the first time and is found again; it must not be written to.
     """
-    shape = rows.stop - rows.start, len(weight)
-    place = scratch.product(*shape) if kept is None else kept
-    product = place if again and kept is not None else _product(problem, rows, weight, place)
-    z = product if product.dtype == problem.accumulate_dtype else scratch.sums(*shape).copy_(product)
+    product = product_of(problem, rows, weight, kept, again, scratch)
+    z = product if product.dtype == problem.accumulate_dtype else scratch.sums(*product.shape).copy_(product)
     if problem.level is not None:
         z += problem.level[rows].unsqueeze(1)
     if problem.bias is not None:
@@ -63,7 +61,13 @@ def _preactivations(
     return z
 
 
-def _product(problem: Problem, rows: slice, weight: Tensor, out: Tensor) -> Tensor:
+def product_of(
+    problem: Problem, rows: slice, weight: Tensor, kept: Tensor | None, again: bool, scratch: Scratch
+) -> Tensor:
+    """hidden @ weight.T of one block, in the dtype of the matmuls; `kept` as above."""
+    if again and kept is not None:
+        return kept
+    out = scratch.product(rows.stop - rows.start, len(weight)) if kept is None else kept
     hidden = problem.hidden[rows]
     if problem.level is None:
         return torch.mm(hidden, weight.T, out=out)

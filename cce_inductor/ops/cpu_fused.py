@@ -20,7 +20,7 @@ from .. import compat
 from ..logit_map import LogitMap
 from .blocks import Fill
 from .combine import log_sum
-from .cpu import Scratch, in_block
+from .cpu import Scratch, in_block, product_of
 from .fallback import warn_once
 from .kept import KeptLogits
 from .problem import Problem, Reductions, RowGradients, spans
@@ -84,7 +84,7 @@ def reduce_rows(problem: Problem, block_columns: int, kept: KeptLogits, scratch:
     for number, columns in enumerate(slices):
         weight = problem.weight_rows(columns)
         for here in spans(rows, BLOCK_ROWS):
-            product = _product(problem, here, columns, weight, kept, scratch, again=False)
+            product = product_of(problem, here, weight, kept.block(here, columns), again=False, scratch=scratch)
             slice_shift[number, here], slice_sum[number, here] = sums(product, *_bias(problem, columns))
             at_target = _Targets.of(problem, here, columns, product)
             picked[here] += torch.where(at_target.inside, problem.logit_map(at_target.z), 0.0).squeeze(1)
@@ -98,7 +98,7 @@ def gradient_of(problem: Problem, lse: Tensor, grads: RowGradients, kept: KeptLo
     _, gradient = _functions(problem.logit_map, problem.bias is not None)
 
     def fill(rows: slice, columns: slice, weight: Tensor, dz: Tensor, grad_bias: Tensor | None) -> None:
-        product = _product(problem, rows, columns, weight, kept, scratch, again=True)
+        product = product_of(problem, rows, weight, kept.block(rows, columns), again=True, scratch=scratch)
         block, sums = gradient(product, lse[rows], grads.lse[rows], *_bias(problem, columns))
         dz.copy_(block)
         at_target = _Targets.of(problem, rows, columns, product)
@@ -131,16 +131,6 @@ class _Targets(NamedTuple):
         index, inside = in_block(problem.target[rows], columns, problem.ignore_index)
         z = product.gather(1, index).to(problem.accumulate_dtype)
         return cls(index, inside, z if problem.bias is None else z + problem.bias[columns][index])
-
-
-def _product(
-    problem: Problem, rows: slice, columns: slice, weight: Tensor, kept: KeptLogits, scratch: Scratch, again: bool
-) -> Tensor:
-    place = kept.block(rows, columns)
-    if again and place is not None:
-        return place
-    out = scratch.product(rows.stop - rows.start, len(weight)) if place is None else place
-    return torch.mm(problem.hidden[rows], weight.T, out=out)
 
 
 def _bias(problem: Problem, columns: slice) -> list[Tensor]:

@@ -93,8 +93,7 @@ def _in_blocks(
         return cpu_sparse.loss_and_gradients(problem, coefficient, share, gradients)
     losses, lse, grad_lse = (problem.zeros(problem.num_rows) for _ in range(3))
     grads = RowGradients(grad_lse, -coefficient, torch.zeros_like(grad_lse))
-    fused = blocks_of is _aten_blocks and cpu_fused.supported(problem)
-    blocks = (_fused_blocks if fused else blocks_of)(problem, gradients.weight)
+    blocks = blocks_of(problem, gradients.weight)
     fill = blocks.gradient_of(lse, grads)
     for rows in spans(problem.num_rows, max(1, blocks.group_rows)):
         results = blocks.reduce(rows)
@@ -109,6 +108,8 @@ def _in_blocks(
 
 def _aten_blocks(problem: Problem, grad_weight: Tensor) -> _Blocks:
     """Logits that are kept, those that are worked on and their gradient are in three places."""
+    if cpu_fused.supported(problem):
+        return _fused_blocks(problem, grad_weight)
     workspace_bytes = min(problem.workspace_bytes, problem.logits_bytes // LOGITS_SHARE)
     if problem.hidden.is_cuda:
         group_rows = gpu_group_rows(problem, workspace_bytes, grad_weight.numel() > 0)
