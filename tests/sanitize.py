@@ -8,6 +8,7 @@ own, so that an error in one says nothing of others. Fails where a tool finds so
 """
 
 import argparse
+import functools
 import importlib
 import os
 import pkgutil
@@ -62,19 +63,29 @@ def tests(expression: str) -> list[str]:
     return [line for line in told.splitlines() if "::" in line]
 
 
-def ours() -> list[str]:
-    """Options for our kernels alone: racecheck takes how some of cuBLAS's synchronise for races, and is slow."""
+@functools.cache
+def ours() -> set[str]:
+    """The names of our kernels."""
     modules = (importlib.import_module(module.name) for module in pkgutil.iter_modules(kernels.__path__, PREFIX))
     functions = {name for module in modules for name, value in vars(module).items() if isinstance(value, JITFunction)}
-    names = sorted(name for name in functions if name.endswith("_kernel"))
-    return [option for name in names for option in ("--kernel-name", f"kernel_name={name}")]
+    return {name for name in functions if name.endswith("_kernel")}
+
+
+def watched() -> list[str]:
+    """Options for our kernels alone, as racecheck is slow, and for those of cuBLAS that it fails in where it looks at
+    others and not at them."""
+    names = [f"kernel_name={name}" for name in sorted(ours())]
+    return [option for name in [*names, "kernel_substring=nvjet"] for option in ("--kernel-name", name)]
 
 
 def found(sanitizer: Path, tool: str, options: list[str], test: str, seconds: float) -> list[str]:
-    """What the tool and pytest say of a test where one of them has something to say; nothing where all is well."""
+    """What the tool and pytest say of a test where one of them has something to say; nothing where all is well.
+
+    Races inside cuBLAS's kernels are left out: some synchronise in ways that racecheck does not know.
+    """
     if tool == "racecheck":
-        options = [*options, *ours()]
-    command = [str(sanitizer), "--tool", tool, "--error-exitcode", "9", *options, *pytest(test)]
+        options = [*options, *watched()]
+    command = [str(sanitizer), "--tool", tool, "--print-limit", "10000", *options, *pytest(test)]
     # memory that PyTorch keeps for itself hides what is out of bounds of a tensor
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:
@@ -82,10 +93,11 @@ def found(sanitizer: Path, tool: str, options: list[str], test: str, seconds: fl
     except subprocess.TimeoutExpired:
         return [f"stopped after {seconds:.0f} s"]
     lines = (done.stdout + done.stderr).splitlines()
-    clean = any(re.search("SUMMARY: 0 (errors|hazards)", line) for line in lines)
-    if done.returncode == 0 and clean and any("1 passed" in line for line in lines):
-        return []
-    return [line for line in lines if re.search("^=====.*(Error|Race|at .*\\+0x|SUMMARY)|^E  |passed|failed", line)]
+    said = [line for line in lines if re.search("^=====.*(Error|Race|Warning|at .*\\+0x)|^E  |failed", line)]
+    if tool == "racecheck":
+        said = [line for line in said if "access at " not in line or any(name in line for name in ours())]
+    ran = any("1 passed" in line for line in lines) and any(" SUMMARY: " in line for line in lines)
+    return said if ran or said else ["the test did not run to its end", *lines[-5:]]
 
 
 def sanitize(sanitizer: Path, tool: str, options: list[str], expression: str, jobs: int, seconds: float) -> bool:

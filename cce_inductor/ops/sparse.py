@@ -35,6 +35,7 @@ LEAST_FLOPS = 10**12  # of the logits, one to two milliseconds: as long as the h
 SAMPLED_ROWS = 128  # from which the share of each token in its tile is estimated
 LIST_BYTES = 10  # of slots, skipped mass and what is computed alone, for a pair of a tile and a row
 MOST_ROUNDS = 64  # each is three launches, which the host must not be slower with than the GPU is with the whole
+WARP_COLUMNS = 256  # 16 bytes of a row for each lane; where rows are narrower, lanes share columns
 TOKEN_NUMBERS = 8192  # of rows of the weight that a program keeps in registers
 _compensates = True
 
@@ -191,7 +192,13 @@ class _SparseBackward:
             TOKENS=max(1, TOKEN_NUMBERS // block_d),
             NUM_STAGES=self.config.num_stages,
             num_warps=4,
+            enable_fp_fusion=self._a_column_is_summed_in_one_thread(block_d),
         )
+
+    def _a_column_is_summed_in_one_thread(self, block_d: int) -> bool:
+        """Where lanes of a warp add up a column together, each gets the sum and any of them may write it. They would
+        not get the same bits if their own products were fused with the additions, and so not be rounded."""
+        return self.hidden.stride(1) == self.weight.stride(1) == 1 and block_d >= WARP_COLUMNS
 
     def blocks(self) -> Rounds:
         """dz of the blocks of a round into the workspace."""
