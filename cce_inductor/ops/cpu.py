@@ -3,6 +3,8 @@
 It serves the CPU, and on a GPU the dtypes that the Triton kernels don't cover (float64).
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -33,8 +35,13 @@ class Scratch:
 
     def __init__(self, problem: Problem, rows: int, columns: int) -> None:
         self._product = problem.hidden.new_empty(rows * columns)
-        same = problem.compute_dtype == problem.accumulate_dtype
-        self._sums = self._product if same else self._product.new_empty(rows * columns, dtype=problem.accumulate_dtype)
+        self._sums_dtype = problem.accumulate_dtype
+
+    @functools.cached_property
+    def _sums(self) -> Tensor:
+        """Not before it is asked for: not every way has a block in memory in this dtype."""
+        product = self._product
+        return product if product.dtype == self._sums_dtype else torch.empty_like(product, dtype=self._sums_dtype)
 
     def product(self, rows: int, columns: int) -> Tensor:
         """[rows, columns] in the dtype of the matmuls."""

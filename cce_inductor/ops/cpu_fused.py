@@ -76,14 +76,16 @@ def _compiled(function: Callable, *example: Tensor) -> Callable:
     return run
 
 
-def reduce_rows(problem: Problem, block_columns: int, kept: KeptLogits, scratch: Scratch) -> Reductions:
-    """lse and picked of all rows; the products go where `kept` has room for them."""
+def reduce_rows(
+    problem: Problem, group: slice, block_rows: int, block_columns: int, kept: KeptLogits, scratch: Scratch
+) -> Reductions:
+    """lse and picked of a group, which is all rows; the products go where `kept` has room for them."""
     sums, _ = _functions(problem.logit_map, problem.bias is not None)
-    slices, rows = list(spans(problem.vocab_size, block_columns)), problem.num_rows
+    slices, rows = list(spans(problem.vocab_size, block_columns)), group.stop
     picked, slice_shift, slice_sum = (problem.zeros(*shape) for shape in ((rows,), *[(len(slices), rows)] * 2))
     for number, columns in enumerate(slices):
         weight = problem.weight_rows(columns)
-        for here in spans(rows, BLOCK_ROWS):
+        for here in spans(rows, block_rows):
             product = product_of(problem, here, weight, kept.block(here, columns), again=False, scratch=scratch)
             slice_shift[number, here], slice_sum[number, here] = sums(product, *_bias(problem, columns))
             at_target = _Targets.of(problem, here, columns, product)

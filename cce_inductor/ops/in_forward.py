@@ -33,6 +33,7 @@ from .problem import MIB, Problem, Reductions, RowGradients, spans
 from .workspace import for_loss_with_gradients
 
 LOGITS_SHARE = 5  # a workspace is no larger than a fifth of the logits, whose memory the operators are there to save
+FUSED_LOGITS_SHARE = 8  # a product takes little time there, and torch.compile's logits have 16 bits too
 FEWEST_ROWS = 256  # of a group: with fewer, reading and writing the sums takes longer than the matmuls
 GPU_LOGITS_SHARE = 4  # there the gradient of the logits takes their place in the workspace, and no other memory
 # A group reads and writes the weight's gradient once more: 8 V D bytes, at 3 TB/s on an H100. Logits of so many rows
@@ -108,36 +109,22 @@ def _in_blocks(
 
 def _aten_blocks(problem: Problem, grad_weight: Tensor) -> _Blocks:
     """Logits that are kept, those that are worked on and their gradient are in three places."""
-    if cpu_fused.supported(problem):
-        return _fused_blocks(problem, grad_weight)
-    workspace_bytes = min(problem.workspace_bytes, problem.logits_bytes // LOGITS_SHARE)
+    fused = cpu_fused.supported(problem)
+    way, share = (cpu_fused, FUSED_LOGITS_SHARE) if fused else (cpu, LOGITS_SHARE)
+    workspace_bytes = min(problem.workspace_bytes, problem.logits_bytes // share)
     if problem.hidden.is_cuda:
         group_rows = gpu_group_rows(problem, workspace_bytes, grad_weight.numel() > 0)
     else:
-        group_rows = _group_rows(problem, workspace_bytes)
-    shape = cpu.block_shape(problem, group_rows)
+        group_rows = problem.num_rows if fused else _group_rows(problem, workspace_bytes)
+    shape = cpu.block_shape(problem, group_rows, way.BLOCK_ROWS)
     room = grad_weight if group_rows == problem.num_rows else grad_weight[:0]
     kept = KeptLogits.within(problem, group_rows, shape[1], workspace_bytes, room)
     scratch = cpu.Scratch(problem, *shape)
     return _Blocks(
         group_rows,
         workspace=problem.hidden.new_empty(shape),
-        reduce=lambda rows: cpu.reduce_rows(problem, rows, *shape, kept, scratch),
-        gradient_of=lambda lse, grads: cpu.gradient_of(problem, lse, grads, kept, scratch),
-    )
-
-
-def _fused_blocks(problem: Problem, grad_weight: Tensor) -> _Blocks:
-    """All rows in one group; more of them in a block than elsewhere."""
-    workspace_bytes = min(problem.workspace_bytes, problem.logits_bytes // LOGITS_SHARE)
-    shape = cpu.block_shape(problem, block_rows=cpu_fused.BLOCK_ROWS)
-    kept = KeptLogits.within(problem, problem.num_rows, shape[1], workspace_bytes, grad_weight)
-    scratch = cpu.Scratch(problem, *shape)
-    return _Blocks(
-        problem.num_rows,
-        workspace=problem.hidden.new_empty(shape),
-        reduce=lambda rows: cpu_fused.reduce_rows(problem, shape[1], kept, scratch),
-        gradient_of=lambda lse, grads: cpu_fused.gradient_of(problem, lse, grads, kept, scratch),
+        reduce=lambda rows: way.reduce_rows(problem, rows, *shape, kept, scratch),
+        gradient_of=lambda lse, grads: way.gradient_of(problem, lse, grads, kept, scratch),
     )
 
 
