@@ -10,12 +10,18 @@ from hypothesis import Phase, settings
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which no import above does
+    from interpreter import prepare_once_a_kernel
+
+    prepare_once_a_kernel()
 
 torch.set_num_threads(1)  # tests run side by side, and threads that wait for each other take the cores of others
 
 # What an earlier run left in Inductor's cache would not be compiled again, and so not be reported.
 _cache = tempfile.TemporaryDirectory(prefix="inductor-cache-", ignore_cleanup_errors=True)
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = _cache.name
+
+# Inductor tries out what each CPU flag promises in every process, by a C++ compiler and a process that loads PyTorch.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=25)
 settings.register_profile("long", deadline=None, max_examples=1000)  # pytest --hypothesis-profile=long
