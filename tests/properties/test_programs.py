@@ -253,13 +253,13 @@ def hold_against_eager(program, lower=None):
     assert_like_eager(ours, program, inputs)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(programs())
 def test_uncompiled(program):
     hold_against_eager(program)
 
 
-@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(programs())
 def test_with_inductor(program):
     hold_against_eager(program, lookup_backend("inductor"))
