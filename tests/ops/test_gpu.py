@@ -4,33 +4,12 @@ import cases
 import pytest
 import torch
 import torch.nn.functional as F
+from on_a_gpu import BF16, FP16, FP32, FP64, plain, random, targets
 
-from cce_inductor.logit_map import LogitMap
 from cce_inductor.ops import cpu, cuda, sparse
-from cce_inductor.ops.library import scaled_loss, vocab_reductions
 from cce_inductor.ops.problem import MIB
 
 pytestmark = pytest.mark.gpu
-
-BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-
-
-def plain(hidden, weight, target, workspace_mib=256, approximate_mass=0.0, skip_ignored=False):
-    """lse and picked of a plain cross-entropy."""
-    return vocab_reductions(
-        hidden,
-        weight,
-        None,
-        target,
-        None,
-        logit_map="z",
-        want_total=False,
-        ignore_index=-100,
-        compute_dtype=hidden.dtype,
-        workspace_mib=workspace_mib,
-        approximate_mass=approximate_mass,
-        skip_ignored=skip_ignored,
-    )[:2]
 
 
 @pytest.fixture(params=[0.0, 2**-3], ids=["exact", "approximate"])
@@ -44,14 +23,6 @@ def mass(request, monkeypatch):
 def picks(request):
     """How many targets a row has in a second dimension."""
     return request.param
-
-
-def targets(vocab, rows, picks=None):
-    return torch.randint(0, vocab, (rows,) if picks is None else (rows, picks), device="cuda")
-
-
-def random(*shape, dtype=BF16, scale=1.0):
-    return torch.randn(shape, device="cuda", dtype=dtype).mul_(scale)
 
 
 @pytest.mark.parametrize("precision", ["highest", "high"])
@@ -272,173 +243,3 @@ def _logits(few, many):
 def _product(few, many):
     """few @ many in float32, piece by piece."""
     return sum(a @ b.float() for a, b in zip(few.split(2**17, dim=1), many.split(2**17), strict=True))
-
-
-# ------------------------------------------------------------ exact gradients in the forward, from logits that are kept
-
-
-def mean_loss(hidden, weight, bias, target, logit_map="z", compute_dtype=BF16, workspace_mib=256):
-    """A cross-entropy by `scaled_loss`; of rows whose target is not -100."""
-    counts = target != -100
-    return scaled_loss(
-        hidden,
-        weight,
-        bias,
-        target,
-        torch.where(counts, 1.0, 0.0) / counts.sum(),
-        logit_map=logit_map,
-        ignore_index=-100,
-        compute_dtype=compute_dtype,
-        workspace_mib=workspace_mib,
-        needs_grad=[True, True, bias is not None],
-    )[0]
-
-
-def eager_mean_loss(hidden, weight, bias, target, logit_map="z", **_):
-    logits = LogitMap.parse(logit_map)(F.linear(hidden, weight, bias).to(FP64 if hidden.dtype == FP64 else FP32))
-    return F.cross_entropy(logits, target)
-
-
-def losses_and_gradients(function, *operands, **how):
-    loss = function(*operands, **how)
-    return loss.detach(), *torch.autograd.grad(loss, [t for t in operands if t is not None and t.requires_grad])
-
-
-SHAPES = {  # (rows, vocab, width, workspace in MiB): several slices, some of them in part in the gradient's memory
-    "wide": (1000, 50257, 128, 8),
-    "narrow": (3000, 20000, 512, 16),
-    "more width than rows": (300, 30001, 768, 2),
-    "pointers": (1000, 20001, 129, 8),
-    "one slice": (1000, 5003, 128, 256),
-}
-LEADS = {"uniform": 0.0, "soft": 8.0, "certain": 17.0}  # how much larger than others the logit of a target is
-
-
-def leaves_of(rows, vocab, width, lead, masked=0.3, bias=False, dtype=BF16):
-    weight = random(vocab, width)
-    target = torch.randint(0, vocab, (rows,), device="cuda")
-    towards = weight[target].float() / weight[target].float().square().sum(1, keepdim=True)
-    hidden = (random(rows, width, dtype=FP32, scale=width**-0.5) + lead * towards).to(dtype)
-    target[torch.rand(rows, device="cuda") < masked] = -100
-    leaves = hidden, weight.to(dtype), random(vocab, dtype=dtype) if bias else None
-    return *(None if leaf is None else leaf.requires_grad_() for leaf in leaves), target
-
-
-@pytest.mark.parametrize("how", [{}, {"logit_map": "30.0*tanh(z/30.0)"}, {"bias": True}, {"dtype": FP32}], ids=str)
-@pytest.mark.parametrize("lead", LEADS.values(), ids=LEADS)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_gradients_from_kept_logits_are_no_worse_than_eagers(shape, lead, how):
-    *sizes, workspace = shape
-    logit_map = how.get("logit_map", "z")
-    *leaves, target = leaves_of(*sizes, lead, bias="bias" in how, dtype=how.get("dtype", BF16))
-    doubles = [None if t is None else t.detach().to(BF16).double().requires_grad_() for t in leaves]
-    exact = losses_and_gradients(eager_mean_loss, *doubles, target, logit_map=logit_map)
-    with torch.autocast("cuda", BF16):  # for eager
-        eagers = losses_and_gradients(eager_mean_loss, *leaves, target, logit_map=logit_map)
-    ours = losses_and_gradients(mean_loss, *leaves, target, logit_map=logit_map, workspace_mib=workspace)
-    rounding = 2.0**-9  # of dz and of a result, where eager's are next to exact: uniform rows
-    for mine, theirs, right in zip(ours[1:], eagers[1:], exact[1:], strict=True):
-        assert (mine.double() - right).norm() <= (theirs.double() - right).norm() + rounding * right.norm()
-    # a loss is the difference of two logits of about `lead + 5`, and tensor cores cut off after each 16 products
-    cut_off = sizes[2] / 16 * torch.finfo(FP32).eps * (lead + 5)
-    assert abs(ours[0] - exact[0]) <= abs(eagers[0] - exact[0]) + 2**-16 * exact[0].abs() + cut_off
-
-
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_gradients_from_kept_logits_are_the_same_bits_every_run(shape):
-    *sizes, workspace = shape
-    problem = leaves_of(*sizes, 8.0, bias=True)
-    first = losses_and_gradients(mean_loss, *problem, workspace_mib=workspace)
-    garbage = [torch.full((2**26,), torch.nan, device="cuda") for _ in range(4)]  # to be found in memory
-    del garbage
-    for _ in range(3):
-        assert all(map(torch.equal, losses_and_gradients(mean_loss, *problem, workspace_mib=workspace), first))
-
-
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
-def test_nothing_waits_for_the_gpu_in_the_forward_with_gradients(dtype):
-    problem = leaves_of(1000, 20000, 128, 8.0, dtype=dtype)
-    losses_and_gradients(mean_loss, *problem, compute_dtype=dtype, workspace_mib=4)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        losses_and_gradients(mean_loss, *problem, compute_dtype=dtype, workspace_mib=4)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
-def test_the_forward_with_gradients_can_be_captured_into_a_cuda_graph(dtype):
-    problem = leaves_of(1000, 20000, 128, 8.0, dtype=dtype)
-    expected = losses_and_gradients(mean_loss, *problem, compute_dtype=dtype, workspace_mib=4)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        losses_and_gradients(mean_loss, *problem, compute_dtype=dtype, workspace_mib=4)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = losses_and_gradients(mean_loss, *problem, compute_dtype=dtype, workspace_mib=4)
-    for result in captured:
-        result.zero_()
-    graph.replay()
-    assert all(map(torch.equal, captured, expected))
-
-
-@pytest.mark.parametrize(
-    ("rows", "vocab", "width", "workspace_mib"),
-    [(33000, 66000, 64, 2 * 33000 * 66000 // MIB + 64), (4096, 560000, 4096, 32)],
-    ids=["workspace", "gradient"],
-)
-def test_int64_offsets_into_kept_logits(rows, vocab, width, workspace_mib):
-    """The last rows, and classes, against those of a backward that computes all logits again."""
-    *leaves, target = leaves_of(rows, vocab, width, 4.0, masked=0.0)
-    ours = losses_and_gradients(mean_loss, *leaves, target, workspace_mib=workspace_mib)
-
-    def again(hidden, weight, _, target):
-        lse, picked = plain(hidden, weight, target, 256)
-        return (lse - picked).mean()
-
-    for mine, theirs in zip(ours, losses_and_gradients(again, *leaves, target), strict=True):
-        last = (slice(-64, None),) if mine.dim() else ()
-        assert (mine[last].float() - theirs[last].float()).norm() <= 2**-7 * theirs[last].float().norm()
-
-
-# ------------------------------------------------------------------------- float32: passes over logits that are stored
-
-STORED = {  # (rows, vocab, width, workspace in MiB)
-    "groups": (4096, 20000, 256, 64),
-    "slices, some of them kept": (3000, 20000, 512, 16),
-    "slices, all of them kept": (300, 50257, 768, 8),
-    "odd width": (1000, 20001, 129, 8),
-    "all at once": (300, 5003, 128, 256),
-}
-
-
-@pytest.mark.parametrize("how", [{}, {"logit_map": "30.0*tanh(z/30.0)"}, {"bias": True}], ids=str)
-@pytest.mark.parametrize("lead", LEADS.values(), ids=LEADS)
-@pytest.mark.parametrize("shape", STORED.values(), ids=STORED)
-def test_gradients_in_float32_are_no_worse_than_eagers(shape, lead, how):
-    """Without TF32, which is PyTorch's default."""
-    assert not torch.backends.cuda.matmul.allow_tf32
-    *sizes, workspace = shape
-    logit_map = how.get("logit_map", "z")
-    *leaves, target = leaves_of(*sizes, lead, bias="bias" in how, dtype=FP32)
-    doubles = [None if t is None else t.detach().double().requires_grad_() for t in leaves]
-    exact = losses_and_gradients(eager_mean_loss, *doubles, target, logit_map=logit_map)
-    eagers = losses_and_gradients(eager_mean_loss, *leaves, target, logit_map=logit_map)
-    how = {"logit_map": logit_map, "compute_dtype": FP32, "workspace_mib": workspace}
-    ours = losses_and_gradients(mean_loss, *leaves, target, **how)
-    # of logits of about that size: cuBLAS takes the sums of other shapes in another order
-    rounding = 4 * torch.finfo(FP32).eps * (lead + 10)
-    assert abs(ours[0] - exact[0]) <= abs(eagers[0] - exact[0]) + rounding
-    for mine, theirs, right in zip(ours[1:], eagers[1:], exact[1:], strict=True):
-        assert (mine.double() - right).norm() <= (theirs.double() - right).norm() + rounding * right.norm()
-
-
-@pytest.mark.parametrize("shape", STORED.values(), ids=STORED)
-def test_gradients_in_float32_are_the_same_bits_every_run(shape):
-    *sizes, workspace = shape
-    problem = leaves_of(*sizes, 8.0, bias=True, dtype=FP32)
-    first, second = (
-        losses_and_gradients(mean_loss, *problem, compute_dtype=FP32, workspace_mib=workspace) for _ in range(2)
-    )
-    assert all(map(torch.equal, first, second))
