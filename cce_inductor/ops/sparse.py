@@ -192,10 +192,10 @@ class _SparseBackward:
             TOKENS=max(1, TOKEN_NUMBERS // block_d),
             NUM_STAGES=self.config.num_stages,
             num_warps=4,
-            enable_fp_fusion=self._a_column_is_summed_in_one_thread(block_d),
+            enable_fp_fusion=self._lanes_share_no_column(block_d),
         )
 
-    def _a_column_is_summed_in_one_thread(self, block_d: int) -> bool:
+    def _lanes_share_no_column(self, block_d: int) -> bool:
         """Where lanes of a warp add up a column together, each gets the sum and any of them may write it. They would
         not get the same bits if their own products were fused with the additions, and so not be rounded."""
         return self.hidden.stride(1) == self.weight.stride(1) == 1 and block_d >= WARP_COLUMNS
