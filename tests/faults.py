@@ -219,8 +219,8 @@ FAULTS = [
     Fault(
         "stored: logits that are at hand are computed again",
         "ops/stored.py",
-        "z = dz if at_hand else torch.mm",
-        "z = torch.mm",
+        "z = dz if at_hand else logits_into",
+        "z = logits_into",
         STORED,
     ),
     Fault(
@@ -241,15 +241,15 @@ FAULTS = [
     Fault(
         "blocks: sums forget the blocks before",
         "ops/blocks.py",
-        "hidden[rows], first=rows.start == 0",
-        "hidden[rows], first=True",
+        "factor, first=rows.start == 0",
+        "factor, first=True",
         ATEN,
     ),
     Fault(
         "blocks: hidden's sums forget the slices before",
         "ops/blocks.py",
-        "padded, first=columns.start == 0",
-        "padded, first=True",
+        "first = columns.start + part.start == 0",
+        "first = True",
         ATEN,
     ),
     Fault(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .problem import Problem, spans
 
-ALIGNMENT = 8  # 16-bit matmuls are up to six times slower where the vocabulary's side is no multiple of this
+ALIGNMENT = 8  # matmuls in 16 bits and TF32 are up to six times slower where the vocabulary's side is no multiple
 
 Fill = Callable[[slice, slice, Tensor, Tensor, Tensor | None], None]
 """fill(rows, columns, weight, dz, grad_bias): writes the block of dz [rows, columns], `weight` holding its columns,
@@ -76,28 +76,53 @@ def add_rows(problem: Problem, gradients: Gradients, group: slice, workspace: Te
     row_blocks = list(spans(group.stop, block_rows, group.start))
     # one product completes a slice of the weight's gradient: it goes to its place without a sum in between
     direct = len(row_blocks) == 1 and gradients.weight.dtype in (hidden.dtype, sums)
+    factors = [_right_factor(hidden[rows]) if needs_weight else hidden for rows in row_blocks]
 
     for columns in spans(problem.vocab_size, block_columns):
         weight = problem.weight_rows(columns)
         width = weight.shape[0]
-        aligned = width if hidden.itemsize > 2 else width // ALIGNMENT * ALIGNMENT
-        spare = -width % ALIGNMENT if aligned < width else 0
-        padded = torch.nn.functional.pad(weight, (0, 0, 0, spare)) if spare else weight  # zero rows change no product
         if needs_weight:
             slice_grad = gradients.weight[columns] if direct else hidden.new_empty(weight.shape, dtype=sums)
-        for rows in row_blocks:
-            block = workspace[: rows.stop - rows.start, : width + spare]
-            dz = block[:, :width]
-            if spare:
-                block[:, width:] = 0
+        for rows, factor in zip(row_blocks, factors, strict=True):
+            dz = workspace[: rows.stop - rows.start, :width]
             fill(rows, columns, weight, dz, gradients.bias[columns] if needs_bias else None)
-            if needs_hidden:
-                add_matmul(gradients.hidden[rows], block, padded, first=columns.start == 0)
-            if needs_weight:
-                for part in (slice(0, aligned), slice(aligned, width)):
-                    add_matmul(slice_grad[part], dz.T[part], hidden[rows], first=rows.start == 0)
+            for part in fast_parts(width):
+                if needs_hidden:
+                    first = columns.start + part.start == 0
+                    add_matmul(gradients.hidden[rows], dz[:, part], weight[part], first)
+                if needs_weight:
+                    add_matmul(slice_grad[part], dz.T[part], factor, first=rows.start == 0)
         if needs_weight and row_blocks and not direct:
             gradients.weight[columns] = slice_grad
+
+
+def fast_parts(width: int) -> list[slice]:
+    """The columns of a block, for two products: up to a multiple of `ALIGNMENT`, and the rest. None is empty."""
+    aligned = width // ALIGNMENT * ALIGNMENT
+    return [part for part in (slice(0, aligned), slice(aligned, width)) if part.start < part.stop]
+
+
+def logits_into(out: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
+    """out [N, C] = hidden @ weight.T, returned."""
+    for part in fast_parts(weight.shape[0]):
+        torch.mm(hidden, weight[part].T, out=out[:, part])
+    return out
+
+
+def _right_factor(hidden: Tensor) -> Tensor:
+    """Hidden states for a product with dz.T, laid out for TF32 where their products round to it.
+
+    Tensor cores take TF32 only along the inner side of a product. Where neither factor lies in memory like that, cuBLAS
+    takes half as long again, for the same bits. Hidden states are small beside dz: laying them out anew costs little.
+    """
+    in_tf32 = hidden.is_cuda and hidden.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return column_by_column(hidden) if in_tf32 else hidden
+
+
+def column_by_column(matrix: Tensor) -> Tensor:
+    """The same matrix with its columns contiguous in memory, each beginning at a multiple of `ALIGNMENT`."""
+    rows, columns = matrix.shape
+    return matrix.new_empty(columns, -(-rows // ALIGNMENT) * ALIGNMENT)[:, :rows].copy_(matrix.T).T
 
 
 def add_matmul(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..kernels import template
 from ..kernels.config import stored_config
 from ..kernels.stored import gradient_stored_kernel, reduce_stored_kernel
-from .blocks import Fill, exact_backward
+from .blocks import Fill, exact_backward, logits_into
 from .combine import entropy_of, largest, log_sum
 from .kept import KeptLogits
 from .launch import device_properties, gradient_arguments, ignore_arguments, vocabulary_arguments
@@ -99,7 +99,7 @@ def reduce_rows(problem: Problem, group: slice, workspace: Tensor, kept: KeptLog
             here = slice(rows.start - group.start, rows.stop - group.start)
             place = kept.block(rows, columns)
             z = workspace[: rows.stop - rows.start, : len(weight)] if place is None else place
-            torch.mm(problem.hidden[rows], weight.T, out=z)
+            logits_into(z, problem.hidden[rows], weight)
             _launch(
                 reduce_stored_kernel,
                 problem,
@@ -125,7 +125,7 @@ def gradient_of(problem: Problem, lse: Tensor, grads: RowGradients, kept: KeptLo
     def fill(rows: slice, columns: slice, weight: Tensor, dz: Tensor, grad_bias: Tensor | None) -> None:
         z = kept.block(rows, columns)
         if z is None:
-            z = dz if at_hand else torch.mm(problem.hidden[rows], weight.T, out=dz)
+            z = dz if at_hand else logits_into(dz, problem.hidden[rows], weight)
         _launch(
             gradient_stored_kernel,
             problem,

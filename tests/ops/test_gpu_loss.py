@@ -177,3 +177,27 @@ def test_gradients_in_float32_are_the_same_bits_every_run(shape):
         losses_and_gradients(mean_loss, *problem, compute_dtype=FP32, workspace_mib=workspace) for _ in range(2)
     )
     assert all(map(torch.equal, first, second))
+
+
+@pytest.fixture
+def tf32():
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+
+@pytest.mark.parametrize("shape", STORED.values(), ids=STORED)
+def test_gradients_in_tf32_are_no_worse_than_eagers(shape, tf32):
+    *sizes, workspace = shape
+    *leaves, target = leaves_of(*sizes, 8.0, dtype=FP32)
+    doubles = [None if t is None else t.detach().double().requires_grad_() for t in leaves]
+    exact = losses_and_gradients(eager_mean_loss, *doubles, target)
+    eagers = losses_and_gradients(eager_mean_loss, *leaves, target)
+    ours, again = (
+        losses_and_gradients(mean_loss, *leaves, target, compute_dtype=FP32, workspace_mib=workspace) for _ in range(2)
+    )
+    assert all(map(torch.equal, ours, again))
+    rounding = 2.0**-11  # of an operand: cuBLAS may round it or cut it off, which depends on shapes
+    assert abs(ours[0] - exact[0]) <= abs(eagers[0] - exact[0]) + rounding * exact[0]
+    for mine, theirs, right in zip(ours[1:], eagers[1:], exact[1:], strict=True):
+        assert (mine.double() - right).norm() <= (theirs.double() - right).norm() + rounding * right.norm()
