@@ -151,7 +151,7 @@ def test_trainer(tmp_path):
     """Training in bfloat16 with accumulated gradients, evaluation with metrics, prediction."""
     pytest.importorskip("accelerate", reason="needs accelerate: pip install cce_inductor[models]")
     data = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, VOCAB, (8, 12))]
-    start = llama()
+    start = llama(num_hidden_layers=1)
 
     def accuracy(prediction):
         return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}

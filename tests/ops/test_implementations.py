@@ -125,14 +125,14 @@ def test_several_targets_of_a_row_go_through_the_kernels(picks, monkeypatch):
     cases.assert_no_worse_than_eager(case, cases.ours(case, cuda), interpreted=True)
 
 
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(case=problems())
 def test_gradients_are_the_same_bits_every_run(implementation, case):
     first, second = (cases.ours(case, implementation, workspace_bytes=1024) for _ in range(2))
     assert all(map(torch.equal, first, second))
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(case=problems())
 def test_the_size_of_the_workspace_changes_gradients_by_rounding_only(implementation, case):
     small, large = (cases.ours(case, implementation, workspace_bytes=size) for size in (256, 1 << 20))

@@ -152,7 +152,7 @@ def test_the_share_of_large_heads(vocab, width, share, monkeypatch):
 
 
 @cases.interpreted
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(
     rows=st.integers(1, 37),
     vocab=st.integers(1, 150),

@@ -77,7 +77,7 @@ def problems(draw, picks=(None,)):
     return case, case.problem(workspace_bytes=workspace, skip_ignored=draw(st.booleans()))
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(problems(picks=(None, None, 1, 5, 64)))
 def test_on_a_cpu(given):
     case, problem = given
@@ -89,7 +89,7 @@ def test_on_a_cpu(given):
     assert peak <= cpu_bound(problem)
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(problems())
 def test_of_a_loss_with_its_gradients(given):
     case, problem = given
@@ -99,7 +99,7 @@ def test_of_a_loss_with_its_gradients(given):
     assert peak <= cpu_bound(problem, kept=min(problem.workspace_bytes, logits // in_forward.LOGITS_SHARE))
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(problems())
 def test_of_a_loss_that_skips_what_has_little_probability(given):
     case, problem = given

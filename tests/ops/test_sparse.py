@@ -160,7 +160,7 @@ def test_the_gradients_are_the_specified_ones(rows, vocab, width, logit_map, bia
         assert (mine.double() - theirs).norm() <= cut_off * size.norm()
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(mass=st.sampled_from([2**-5, 2**-3, 2**-1]), seed=st.integers(0, 99))
 def test_skipped_mass_is_put_back_in_its_tile(mass, seed):
     """With hidden states of ones in one place, the weight's gradient there sums to all rows' gradients of the lse."""
