@@ -23,10 +23,10 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = _cache.name
 # Inductor tries out what each CPU flag promises in every process, by a C++ compiler and a process that loads PyTorch.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
-settings.register_profile("default", deadline=None, derandomize=True, max_examples=15)
-settings.register_profile("long", deadline=None, max_examples=600)  # pytest --hypothesis-profile=long
+settings.register_profile("default", deadline=None, derandomize=True, max_examples=25)
+settings.register_profile("long", deadline=None, max_examples=1000)  # pytest --hypothesis-profile=long
 # for tests/mutations.py: whether anything fails, not what
-settings.register_profile("mutations", deadline=None, derandomize=True, max_examples=15, phases=[Phase.generate])
+settings.register_profile("mutations", deadline=None, derandomize=True, max_examples=25, phases=[Phase.generate])
 settings.load_profile("default")
 
 

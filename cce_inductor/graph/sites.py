@@ -252,7 +252,7 @@ def logits_bytes(site: Site) -> int | None:
 
 def orphan_losses(graph: Graph, sites: list[Site], transformed: set[Node], options: Options) -> list[Refusal]:
     """Refusals for the losses that no site reaches, with the operation that cut them off where one can be named."""
-    reached = {reduction.node for site in sites for reduction in site.reductions}
+    reached = {node for site in sites for node in site.chain if node not in site.escapes}
     escapes = {node: reason for site in sites for node, reason in site.escapes.items()}
     reported = {node for site in sites if is_worth_reporting(site, options) for node in site.escapes}
     refusals = []

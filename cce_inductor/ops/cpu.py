@@ -19,12 +19,12 @@ BLOCK_BYTES = 4 * MIB  # of one block of logits in float32: stays in a last-leve
 GPU_BLOCK_ROWS = 4096  # there the workspace bounds a block, and matmuls want more of everything
 
 
-def block_shape(problem: Problem, most_rows: int | None = None, block_rows: int = BLOCK_ROWS) -> tuple[int, int]:
+def block_shape(problem: Problem, most_rows: int | None = None, block_rows: int | None = None) -> tuple[int, int]:
     """(rows, columns) of a block: many rows, so that each slice of the weight is read a few times only."""
     if problem.hidden.is_cuda:
         rows, size = GPU_BLOCK_ROWS, problem.workspace_bytes
     else:
-        rows, size = block_rows, min(BLOCK_BYTES, problem.workspace_bytes)
+        rows, size = block_rows or BLOCK_ROWS, min(BLOCK_BYTES, problem.workspace_bytes)
     rows = max(1, min(problem.num_rows if most_rows is None else most_rows, rows))
     columns = size // problem.accumulate_dtype.itemsize // rows
     return rows, min(max(1, columns // ALIGNMENT) * ALIGNMENT, -(-problem.vocab_size // ALIGNMENT) * ALIGNMENT)

@@ -1,7 +1,7 @@
 """Random programs, compiled by the pass, against eager PyTorch and Inductor.
 
     pytest -m fuzz                                # 200 programs
-    pytest -m fuzz --hypothesis-profile=long      # 5,000, others each time
+    pytest -m fuzz --hypothesis-profile=long      # 8,000, others each time
 
 Every 100 programs say how many were rewritten so far, so that a run which is cut short has its count too.
 Where the pass rewrites, outputs, gradients and the arguments as they are left are no further from the float64 program

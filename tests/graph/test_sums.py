@@ -106,6 +106,18 @@ def test_two_low_rank_updates_of_a_head_that_is_trained_too():
     assert ours.report.rewritten[0].shape[2] == str(D + 5)
 
 
+def test_the_entropy_of_a_low_rank_head_is_rewritten_and_nothing_said_to_be_left_alone():
+    """Its log_softmax is reached through the sum alone: each product by itself ends at the addition."""
+
+    def program(h, w, a, b):
+        x = F.linear(h, w) + F.linear(F.linear(h, a), b)
+        return -(x.softmax(-1) * x.log_softmax(-1)).sum(-1).mean()
+
+    ours = check(program, hidden(), weight(), weight(2, D), weight(V, 2), logits_in_memory=True)
+    assert_no_logits(ours, labels().numel())
+    assert not ours.report.refused
+
+
 def test_an_update_added_in_place():
     def program(h, w, a, b, t):
         result = F.linear(h, w)

@@ -14,7 +14,7 @@ from triton.runtime.autotuner import Autotuner
 import cce_inductor.kernels
 from cce_inductor import capture_reports, linear_cross_entropy
 from cce_inductor.kernels.forward import forward_kernel
-from cce_inductor.ops import cpu
+from cce_inductor.ops import cpu, cpu_fused
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -58,7 +58,8 @@ def test_the_weights_gradient_keeps_its_precision_however_many_blocks_it_is_summ
         return (gradient.double() - exact).norm() / exact.norm()
 
     def ours(rows):
-        monkeypatch.setattr(cpu, "BLOCK_ROWS", rows)
+        for way in (cpu, cpu_fused):
+            monkeypatch.setattr(way, "BLOCK_ROWS", rows)
         return error(torch.autograd.grad(linear_cross_entropy(h, w, t), w)[0])
 
     few, many = ours(128), ours(4)

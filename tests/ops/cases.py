@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import settings
 
 from cce_inductor.logit_map import LogitMap
 from cce_inductor.ops import reference
@@ -19,6 +20,9 @@ from cce_inductor.ops.problem import Problem, RowGradients
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NOT_INTERPRETED = "there is a GPU, so Triton compiles: tests/ops/test_gpu.py runs the kernels on it"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason=NOT_INTERPRETED)
+
+# tests of which an example takes a second have fewer than others, in every profile
+costly = settings(max_examples=settings.default.max_examples * 3 // 5)
 
 MAPS = ("z", "0.5*z", "z/3.0 + 0.25", "5.0*tanh(z/5.0)", "2.0*sigmoid(z)", "tanh(0.5*z) + 0.1*z")
 

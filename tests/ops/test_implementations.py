@@ -61,6 +61,7 @@ def problems(draw, picks=(None, None, 1, 4, 17)):
     )
 
 
+@cases.costly
 @given(case=problems(), workspace_bytes=st.sampled_from((1, 1024, 4096, 1 << 20)))
 def test_results_are_no_worse_than_eagers(implementation, case, workspace_bytes):
     results = cases.ours(case, implementation, workspace_bytes=workspace_bytes)

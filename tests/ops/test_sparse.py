@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from cases import INTERPRETED, MAPS, NOT_INTERPRETED, Case, assert_no_worse, eager, exact, uncertainty
+from cases import INTERPRETED, MAPS, NOT_INTERPRETED, Case, assert_no_worse, costly, eager, exact, uncertainty
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -68,6 +68,7 @@ def active_and_tops(active):
     return active.pairs[1:].chunk(2)
 
 
+@costly
 @given(
     rows=st.integers(1, 70),
     vocab=st.integers(1, 150),
@@ -136,6 +137,7 @@ def specified(case, problem, lse, tiles, dense_share):
     return dz @ weight, dz.T @ hidden, size @ weight.abs(), size.T @ hidden.abs()
 
 
+@costly
 @given(
     rows=st.integers(1, 70),
     vocab=st.integers(1, 150),

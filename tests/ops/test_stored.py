@@ -49,6 +49,7 @@ def products(monkeypatch):
     return seen
 
 
+@cases.costly
 @given(
     rows=st.integers(1, 37),
     vocab=st.integers(1, 150),

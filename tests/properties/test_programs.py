@@ -4,6 +4,7 @@ A program is a product, then row operations and pointwise maps in any order, the
 too, and then one or several losses.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -250,6 +251,8 @@ def test_a_program_is_rewritten_and_does_what_eager_does(program):
     # dynamic sizes of tensors, but constants of the program that stay constants
     with torch._dynamo.config.patch(specialize_float=True, specialize_int=True):
         ours = run_compiled(lambda *args: program(*args), *inputs, dynamic=program.dynamic or None)
-    assert len(ours.report.rewritten) == 1, ours.report
+    # of a single row, each of two products that are added is a bias to the other
+    calls = 2 if program.matmul == "low_rank" and math.prod(program.rows) == 1 else 1
+    assert len(ours.report.rewritten) == calls, ours.report
     assert not ours.report.refused, ours.report
     assert_like_eager(ours, program, inputs)
