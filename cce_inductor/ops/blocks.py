@@ -81,12 +81,13 @@ def add_rows(problem: Problem, gradients: Gradients, group: slice, workspace: Te
     for columns in spans(problem.vocab_size, block_columns):
         weight = problem.weight_rows(columns)
         width = weight.shape[0]
+        parts = fast_parts(width)
         if needs_weight:
             slice_grad = gradients.weight[columns] if direct else hidden.new_empty(weight.shape, dtype=sums)
         for rows, factor in zip(row_blocks, factors, strict=True):
             dz = workspace[: rows.stop - rows.start, :width]
             fill(rows, columns, weight, dz, gradients.bias[columns] if needs_bias else None)
-            for part in fast_parts(width):
+            for part in parts:
                 if needs_hidden:
                     first = columns.start + part.start == 0
                     add_matmul(gradients.hidden[rows], dz[:, part], weight[part], first)

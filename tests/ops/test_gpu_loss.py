@@ -181,9 +181,10 @@ def test_gradients_in_float32_are_the_same_bits_every_run(shape):
 
 @pytest.fixture
 def tf32():
+    before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     yield
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    torch.backends.cuda.matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize("shape", STORED.values(), ids=STORED)
