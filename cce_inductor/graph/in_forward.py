@@ -32,7 +32,7 @@ def applies(sweep: Sweep, factors: Factors, options: Options) -> bool:
         return False
     weight_needs = tensor_of(factors[1]).requires_grad
     device, dtype = needing[0].device, reduction.logits.compute_dtype
-    if not pays_in_forward(device, dtype, options.approximate_mass, weight_needs):
+    if not pays_in_forward(device, dtype, options.approximate_mass, weight_needs, reduction.logits.logit_map):
         return False
     # a gradient that is rounded to 16 bits and then multiplied is rounded twice
     return all(tensor.itemsize > 2 for tensor in needing) or _is_only_added(reduction.node)

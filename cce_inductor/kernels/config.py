@@ -39,6 +39,12 @@ def kept_config(capability: tuple[int, int] | None) -> TileConfig:
     return TileConfig(min(32, forward.block_n), forward.block_v, 16, num_warps=8, num_stages=1, programs=3)
 
 
+def coded_config(capability: tuple[int, int] | None) -> TileConfig:
+    """The same for what the forward of a sparse backward keeps."""
+    backward = tile_config(capability, backward=True)
+    return TileConfig(min(16, backward.block_n), backward.block_v, 16, num_warps=4, num_stages=1, programs=8)
+
+
 def stored_config(capability: tuple[int, int] | None) -> TileConfig:
     """For passes over float32 logits that are in memory: long rows, so that memory is read in long pieces."""
     return INTERPRETER if capability is None else TileConfig(4, 1024, 16, num_warps=8, num_stages=1)
@@ -54,11 +60,12 @@ class ProductConfig:
     part: int  # columns of a tile whose tokens that are computed alone are multiplied together
     part_depth: int  # columns of a block of the weight's gradient there
     part_step: int  # of the inner product there
+    part_programs: int  # at a time on a multiprocessor there
 
 
-INTERPRETER_PRODUCT = ProductConfig(16, 16, 8, 16, 16, 8)
-HOPPER_PRODUCT = ProductConfig(128, 256, 64, 64, 256, 64)
-AMPERE_PRODUCT = ProductConfig(128, 128, 32, 64, 128, 32)
+INTERPRETER_PRODUCT = ProductConfig(16, 16, 8, 16, 16, 8, 1)
+HOPPER_PRODUCT = ProductConfig(128, 256, 64, 64, 256, 64, 2)
+AMPERE_PRODUCT = ProductConfig(128, 128, 32, 64, 128, 32, 2)
 
 
 def product_config(capability: tuple[int, int] | None) -> ProductConfig:

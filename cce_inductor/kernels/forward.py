@@ -16,6 +16,7 @@ logit counts there.
 import triton
 import triton.language as tl
 
+from .codes import store_codes
 from .kept import store_logits
 from .pointwise import LEAST_LOG, exp_of_difference
 from .tile import preactivations, tile_position
@@ -36,8 +37,8 @@ def forward_kernel(
     tile_argmax,  # [tiles, N], int32
     tile_entropy,  # [tiles, N]
     tile_top,  # [tiles, N], int32
-    kept,  # where logits stay for the gradient, where KEEP: `kept.py`
-    kept_base,  # [tiles of the slice, N], what they are differences to
+    kept,  # what stays for the gradient: logits where KEEP (`kept.py`), codes of probabilities where CODE (`codes.py`)
+    kept_base,  # [tiles of the slice, N], what logits are differences to
     num_rows,
     num_columns,  # of the slice that `weight` holds
     width,
@@ -58,6 +59,7 @@ def forward_kernel(
     WANT_TOP: tl.constexpr,
     SOME_ROWS: tl.constexpr,
     KEEP: tl.constexpr,
+    CODE: tl.constexpr,
     PLAIN: tl.constexpr,  # whether f(z) is z; read where KEEP
     USE_TMA: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -110,6 +112,8 @@ def forward_kernel(
         if WANT_TOP:
             tl.store(tile_top + results, heaviest(exp, total, BLOCK_V), mask=row_mask)
         tl.store(tile_lse + results, shift + tl.log(total), mask=row_mask)
+        if CODE:
+            store_codes(kept, exp, column_block, places, row_mask, num_rows, BLOCK_V)
         if KEEP:
             store_logits(
                 kept, kept_base, z, x, peak, column_block, places, row_mask,

@@ -22,8 +22,13 @@ from .tile import gather_rows, load_block, position_in_tile, tile_position
 @triton.jit
 def round_blocks(list_start, round_tiles, round_index):
     """(first tile, tiles, slots of the dense rows, their blocks, first slot of the tiles' own lists, how many)."""
-    first_tile = tl.load(round_tiles + round_index)
-    last_tile = tl.load(round_tiles + round_index + 1)
+    return blocks_between(list_start, tl.load(round_tiles + round_index), tl.load(round_tiles + round_index + 1))
+
+
+@triton.jit
+def blocks_between(list_start, first_tile, last_tile):
+    """The same of the tiles from the first to before the last; of none where they are in the wrong order."""
+    last_tile = tl.maximum(first_tile, last_tile)
     dense_slots = tl.load(list_start + 1)
     first_slot = tl.load(list_start + 1 + first_tile)
     own_slots = tl.load(list_start + 1 + last_tile) - first_slot
@@ -31,7 +36,7 @@ def round_blocks(list_start, round_tiles, round_index):
     return first_tile, tiles, dense_slots, tiles * dense_slots, first_slot, own_slots
 
 
-@triton.jit(do_not_specialize=["round_index", "num_columns", "ignore_index"])
+@triton.jit(do_not_specialize=["round_index", "first_left", "num_columns", "ignore_index"])
 def block_gradient_kernel(
     hidden,  # pointer, [N, D]
     dense_hidden,  # TMA descriptor or pointer, [slots * BLOCK_N, D], contiguous: those of the dense rows, as listed
@@ -47,6 +52,7 @@ def block_gradient_kernel(
     list_start,
     round_tiles,
     round_index,
+    first_left,  # the first tile that is left to this kernel
     num_columns,
     width,
     ignore_index,
@@ -66,19 +72,21 @@ def block_gradient_kernel(
 ):
     """dz of the blocks of a round."""
     steps = tl.cdiv(width, BLOCK_D)
-    first_tile, tiles, dense_slots, dense_blocks, first_slot, own_slots = round_blocks(
-        list_start, round_tiles, round_index
+    begin, end = tl.load(round_tiles + round_index), tl.load(round_tiles + round_index + 1)
+    _, _, dense_slots, dense_blocks, round_slot, _ = blocks_between(list_start, begin, end)
+    first_tile, tiles, _, dense_here, first_slot, own_here = blocks_between(
+        list_start, tl.minimum(tl.maximum(begin, first_left), end), end
     )
-    for work in tl.range(tl.program_id(0), dense_blocks + own_slots, NUM_PROGRAMS):
-        if work < dense_blocks:
-            slot, tile_in_round = tile_position(work, dense_slots, tiles)
-            tile = first_tile + tile_in_round
-            block = tile_in_round * dense_slots + slot
+    for work in tl.range(tl.program_id(0), dense_here + own_here, NUM_PROGRAMS):
+        if work < dense_here:
+            slot, tile_here = tile_position(work, dense_slots, tiles)
+            tile = first_tile + tile_here
+            block = (tile - begin) * dense_slots + slot
             dense_steps, own_steps = steps, 0
         else:
-            slot = first_slot + work - dense_blocks
+            slot = first_slot + work - dense_here
             tile = tl.load(slot_tile + slot)
-            block = work
+            block = dense_blocks + slot - round_slot
             dense_steps, own_steps = 0, steps
         column = tile * BLOCK_V
         columns = column + tl.arange(0, BLOCK_V)

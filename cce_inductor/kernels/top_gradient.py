@@ -86,7 +86,7 @@ def top_hidden_kernel(
         tl.store(fixed + row.to(tl.int64) * row_pairs + pairs, both, mask=pairs < row_pairs)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_columns", "num_tiles"])
+@triton.jit(do_not_specialize=["round_index", "num_rows", "num_columns", "num_tiles"])
 def top_weight_kernel(
     hidden,  # [N, D]
     top_dz,  # [tiles, N], int32: dz of the tops, with their columns
@@ -96,6 +96,8 @@ def top_weight_kernel(
     grad_weight,  # [V, D], contiguous
     slot_rows,  # with BLOCK_N more at the end
     list_start,
+    round_tiles,
+    round_index,
     num_rows,
     num_columns,  # V
     num_tiles,
@@ -107,34 +109,39 @@ def top_weight_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STEP: tl.constexpr,  # rows of one step of the inner product, a divisor of BLOCK_N
+    NUM_PROGRAMS: tl.constexpr,
 ):
-    """A program begins a block [PART, BLOCK_D]: a product in which each row of dz has one number."""
+    """A program begins a block [PART, BLOCK_D] of a round: a product in which each row of dz has one number."""
     parts: tl.constexpr = TILE_WIDTH // PART
     depth_blocks = tl.cdiv(width, BLOCK_D)
-    index = tl.program_id(0) // depth_blocks
-    tile = index // parts
-    first = (index % parts) * PART
-    depth = (tl.program_id(0) % depth_blocks) * BLOCK_D
-    slot = tl.load(list_start + 1 + num_tiles + index)
-    steps = (tl.load(list_start + 2 + num_tiles + index) - slot) * (BLOCK_N // STEP)
-    listed = slot_rows + slot.to(tl.int64) * BLOCK_N + tl.arange(0, STEP)
-    tile_dz = top_dz + tile.to(tl.int64) * num_rows
-    total = tl.zeros((PART, BLOCK_D), dtype=tl.float32)
-    # the next rows are looked up a step ahead: loads that wait for an index can't be pipelined
-    rows = tl.load(listed)
-    for step in range(steps):
-        packed = tl.load(tile_dz + rows, mask=rows >= 0, other=0)
-        h = gather_rows(hidden, tl.maximum(rows, 0), depth, width, stride_hn, stride_hd, BLOCK_D)
-        rows = tl.load(listed + (step + 1) * STEP)
-        hit = first + tl.arange(0, PART)[None, :] == column_of(packed, TILE_WIDTH)[:, None]
-        g = tl.where(hit, number_of(packed, TILE_WIDTH)[:, None], 0.0).to(h.dtype)
-        total = tl.dot(g.T, h, total, input_precision="ieee")
-    columns = tile * TILE_WIDTH + first + tl.arange(0, PART)
-    depths = depth + tl.arange(0, BLOCK_D)
-    column_mask, depth_mask = columns < num_columns, depths < width
-    spread = tl.load(share + columns, mask=column_mask, other=0.0) * tl.load(grad_peak)
-    skipped = tl.load(skipped_hidden + tile.to(tl.int64) * width + depths, mask=depth_mask, other=0.0)
-    total += spread[:, None] * skipped[None, :]
-    offsets = columns[:, None].to(tl.int64) * width + depths[None, :]
-    mask = column_mask[:, None] & depth_mask[None, :]
-    tl.store(grad_weight + offsets, total.to(grad_weight.dtype.element_ty), mask=mask)
+    first_part = tl.load(round_tiles + round_index) * parts
+    parts_here = tl.load(round_tiles + round_index + 1) * parts - first_part
+    peak = tl.load(grad_peak)
+    for work in tl.range(tl.program_id(0), parts_here * depth_blocks, NUM_PROGRAMS):
+        index = first_part + work // depth_blocks
+        tile = index // parts
+        first = (index % parts) * PART
+        depth = (work % depth_blocks) * BLOCK_D
+        slot = tl.load(list_start + 1 + num_tiles + index)
+        steps = (tl.load(list_start + 2 + num_tiles + index) - slot) * (BLOCK_N // STEP)
+        listed = slot_rows + slot.to(tl.int64) * BLOCK_N + tl.arange(0, STEP)
+        tile_dz = top_dz + tile.to(tl.int64) * num_rows
+        total = tl.zeros((PART, BLOCK_D), dtype=tl.float32)
+        # the next rows are looked up a step ahead: loads that wait for an index can't be pipelined
+        rows = tl.load(listed)
+        for step in range(steps):
+            packed = tl.load(tile_dz + rows, mask=rows >= 0, other=0)
+            h = gather_rows(hidden, tl.maximum(rows, 0), depth, width, stride_hn, stride_hd, BLOCK_D)
+            rows = tl.load(listed + (step + 1) * STEP)
+            hit = first + tl.arange(0, PART)[None, :] == column_of(packed, TILE_WIDTH)[:, None]
+            g = tl.where(hit, number_of(packed, TILE_WIDTH)[:, None], 0.0).to(h.dtype)
+            total = tl.dot(g.T, h, total, input_precision="ieee")
+        columns = tile * TILE_WIDTH + first + tl.arange(0, PART)
+        depths = depth + tl.arange(0, BLOCK_D)
+        column_mask, depth_mask = columns < num_columns, depths < width
+        spread = tl.load(share + columns, mask=column_mask, other=0.0) * peak
+        skipped = tl.load(skipped_hidden + tile.to(tl.int64) * width + depths, mask=depth_mask, other=0.0)
+        total += spread[:, None] * skipped[None, :]
+        offsets = columns[:, None].to(tl.int64) * width + depths[None, :]
+        mask = column_mask[:, None] & depth_mask[None, :]
+        tl.store(grad_weight + offsets, total.to(grad_weight.dtype.element_ty), mask=mask)

@@ -114,7 +114,7 @@ def _aten_forward(problem: Problem) -> Reductions:
 
 
 def reduce(problem: Problem, kept: KeptTiles | None = None) -> Reductions:
-    """The forward in Triton. The logits that `kept` has room for go there, but for those of rows that are left out."""
+    """The forward in Triton. What `kept` has room for goes there, but for that of rows that are left out."""
     rows, every_row = _Rows.of(problem), slice(0, problem.num_rows)
     launch = Launch(problem, forward_config(problem), hidden=rows.hidden)
     tiles = -(-problem.vocab_size // launch.config.block_v)
@@ -127,7 +127,8 @@ def reduce(problem: Problem, kept: KeptTiles | None = None) -> Reductions:
             columns,
             problem.weight_rows(columns),
             place=place,
-            KEEP=place is not None,
+            KEEP=place is not None and place.base is not None,
+            CODE=place is not None and place.base is None,
             PLAIN=problem.logit_map.is_identity,
             row_of=rows.row_of,
             row_count=rows.count,

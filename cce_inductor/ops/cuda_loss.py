@@ -2,16 +2,16 @@
 
     loss = sum over n of coefficient[n] * (lse[n] - picked[n])
 
-`kept_tiles.py` says which have, and where.
+`kept_tiles.py` says which have, and where. `sparse.py` is what computes approximate gradients.
 """
 
 import torch
 from torch import Tensor
 
-from . import cuda
+from . import cuda, sparse
 from .blocks import Gradients, add_rows
 from .kept_tiles import KeptTiles
-from .problem import Problem, RowGradients
+from .problem import Problem, Reductions, RowGradients
 
 
 def supported(problem: Problem) -> bool:
@@ -19,9 +19,12 @@ def supported(problem: Problem) -> bool:
     return problem.hidden.is_cuda and cuda.supported(problem) and problem.compute_dtype.itemsize == 2
 
 
-def loss_and_gradients(
-    problem: Problem, coefficient: Tensor, needs_grad: list[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def may_skip(problem: Problem, needs_grad: list[bool]) -> bool:
+    """Whether gradients may be approximate, and are worth a sparse backward."""
+    return supported(problem) and cuda.may_skip(problem) and sparse.worthwhile(problem, needs_grad)
+
+
+def exact(problem: Problem, coefficient: Tensor, needs_grad: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, grad_hidden, grad_weight, grad_bias) for one target a row; gradients are empty where not needed."""
     assert problem.target is not None
     gradients = Gradients.allocate(problem, needs_grad)
@@ -30,10 +33,27 @@ def loss_and_gradients(
     if problem.logit_map.is_smooth:  # a rounded logit may be on the other side of a kink
         kept = KeptTiles.within(problem, cuda.forward_config(problem).block_v, workspace, gradients.weight)
     results = cuda.reduce(problem, kept)
+    loss, grads = _loss_and_row_gradients(problem, results, coefficient)
+    fill = cuda.gradient_of(problem, results.lse, grads, kept)
+    add_rows(problem, gradients, slice(0, problem.num_rows), workspace, fill)
+    return loss, *gradients.results(problem)
+
+
+def approximate(
+    problem: Problem, coefficient: Tensor, needs_grad: list[bool], room_bytes: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same with a sparse backward. room_bytes: for codes, beside the workspace."""
+    grad_weight = problem.weight.new_empty(problem.weight.shape if needs_grad[1] else 0)
+    kept = KeptTiles()
+    if sparse.keeps_codes(problem):
+        kept = KeptTiles.coded(problem, cuda.forward_config(problem).block_v, room_bytes, grad_weight)
+    results = cuda.reduce(problem, kept)
+    loss, grads = _loss_and_row_gradients(problem, results, coefficient)
+    return loss, *sparse.backward(problem, results.lse, results.tiles, grads, needs_grad, kept, grad_weight)
+
+
+def _loss_and_row_gradients(problem: Problem, results: Reductions, coefficient: Tensor) -> tuple[Tensor, RowGradients]:
     losses = coefficient * (results.lse - results.picked)
     if problem.counts is not None:
         coefficient, losses = (torch.where(problem.counts, vector, 0.0) for vector in (coefficient, losses))
-    grads = RowGradients(coefficient, -coefficient, torch.zeros_like(coefficient))
-    fill = cuda.gradient_of(problem, results.lse, grads, kept)
-    add_rows(problem, gradients, slice(0, problem.num_rows), workspace, fill)
-    return losses.sum(), *gradients.results(problem)
+    return losses.sum(), RowGradients(coefficient, -coefficient, torch.zeros_like(coefficient))

@@ -56,7 +56,7 @@ def loss_and_gradients(
     problem: Problem, coefficient: Tensor, needs_grad: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, grad_hidden, grad_weight, grad_bias); gradients are empty where not needed."""
-    problem = for_loss_with_gradients(problem)
+    lean, problem = problem, for_loss_with_gradients(problem)
 
     def ways(name: str, compute: Callable) -> dict[str, Callable]:
         return {
@@ -68,7 +68,11 @@ def loss_and_gradients(
     if stored.supported(problem):
         in_triton = ways("the loss over stored logits", functools.partial(_in_blocks, _stored_blocks))
     elif cuda_loss.supported(problem):
-        in_triton = ways("the Triton loss with its gradients", cuda_loss.loss_and_gradients)
+        in_triton = ways("the Triton loss with its gradients", cuda_loss.exact)
+        if cuda_loss.may_skip(problem, needs_grad):
+            room = problem.workspace_bytes - lean.workspace_bytes
+            approximate = functools.partial(cuda_loss.approximate, lean, coefficient, needs_grad, room)
+            in_triton = {"the sparse loss with its gradients": approximate} | in_triton
     else:
         return first_that_runs("scaled_loss", through_aten)
     return first_that_runs(cuda.kind(problem), in_triton | through_aten)

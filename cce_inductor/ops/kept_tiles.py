@@ -10,6 +10,9 @@ When a slice is read, the gradients of those before it are written. Where N >= D
 gradient: as the last that are kept end where all gradients end, each slice's begin behind the gradients before. Where
 N < D, all logits that are left take less room than their gradients. So of V classes min(V, C + (V - C) D / N) are kept,
 and where the weight is float32, whose gradient has twice the room, min(V, C + 2 (V - C) D / N).
+
+A sparse backward takes the vocabulary in the same order, and is told of 8 bits a logit (`kernels/codes.py`): of the
+first tiles in memory of their own, of the others in the weight's gradient, where twice as many have room.
 """
 
 from collections.abc import Iterator
@@ -26,11 +29,11 @@ KEPT_DTYPE = torch.float16  # of what `kernels/kept.py` makes of logits
 
 @dataclass(frozen=True)
 class Place:
-    """Room for the logits of consecutive tiles."""
+    """Room for the logits of consecutive tiles, or for their codes."""
 
     columns: slice
     logits: Tensor  # flat, from the first of them on
-    base: Tensor  # [tiles, N], float32: what they are differences to
+    base: Tensor | None  # [tiles, N], float32: what they are differences to; codes have none
     tile_columns: int
     tile_stride: int
     row_stride: int
@@ -39,7 +42,14 @@ class Place:
         """That of some rows, and of some tiles."""
         first = (columns.start - self.columns.start) // self.tile_columns
         logits = self.logits[first * self.tile_stride + rows.start * self.row_stride :]
-        return replace(self, columns=columns, logits=logits, base=self.base[first:, rows])
+        return replace(
+            self, columns=columns, logits=logits, base=None if self.base is None else self.base[first:, rows]
+        )
+
+    @property
+    def tiles(self) -> tuple[int, int]:
+        """The number of the first one, and that of the first one behind them."""
+        return self.columns.start // self.tile_columns, -(-self.columns.stop // self.tile_columns)
 
 
 def kept_arguments(place: Place | None) -> dict[str, Any]:
@@ -49,7 +59,7 @@ def kept_arguments(place: Place | None) -> dict[str, Any]:
         "kept_base": place and place.base,
         "stride_kept_tile": place and place.tile_stride,
         "stride_kept_row": place and place.row_stride,
-        "stride_kept_base": place and place.base.stride(0),
+        "stride_kept_base": place and place.base is not None and place.base.stride(0),
     }
 
 
@@ -58,7 +68,7 @@ class KeptTiles:
 
     def __init__(self, places: tuple[Place, ...] = ()) -> None:
         """places: in the order of the vocabulary, from its start and without gaps."""
-        self._places = places
+        self.places = places
 
     @classmethod
     def within(cls, problem: Problem, tile_columns: int, workspace: Tensor, grad_weight: Tensor) -> "KeptTiles":
@@ -85,10 +95,37 @@ class KeptTiles:
             )
         )
 
+    @classmethod
+    def coded(cls, problem: Problem, tile_columns: int, room_bytes: int, grad_weight: Tensor) -> "KeptTiles":
+        """Room for codes in so many bytes apart, and in the weight's gradient, not yet written, or none if it is empty.
+
+        A tile's gradient must not be written before the codes of all tiles to it are read.
+        """
+        tiles = -(-problem.vocab_size // tile_columns)
+        size = problem.num_rows * tile_columns
+        room = grad_weight.flatten().view(torch.uint8)
+        gradient = room.numel() // problem.vocab_size * tile_columns  # bytes of a tile's
+        apart = min(room_bytes // size, tiles)
+        # the first one's codes lie behind the gradients before, and so do those of the last one
+        in_room = min((room.numel() - apart * gradient) // size, (room.numel() - size) // max(1, gradient) + 1 - apart)
+        in_room = max(0, min(in_room, tiles - apart))
+        middle, end = apart * tile_columns, min((apart + in_room) * tile_columns, problem.vocab_size)
+        places = (
+            (slice(0, min(middle, end)), room.new_empty(apart * size)),
+            (slice(min(middle, end), end), room[room.numel() - in_room * size :]),
+        )
+        return cls(
+            tuple(
+                Place(columns, codes, None, tile_columns, size, tile_columns)
+                for columns, codes in places
+                if columns.start < columns.stop
+            )
+        )
+
     def parts(self, rows: slice, columns: slice) -> Iterator[tuple[slice, Place | None]]:
         """(columns, where their logits of the rows are) of a slice that begins with a tile; None for those not kept."""
         start = columns.start
-        for place in self._places:
+        for place in self.places:
             part = slice(start, min(place.columns.stop, columns.stop))
             if part.start < part.stop:
                 yield part, place.of(rows, part)

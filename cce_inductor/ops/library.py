@@ -67,16 +67,21 @@ _library.define(
 
 
 def pays_in_forward(
-    device: torch.device, compute_dtype: torch.dtype, approximate_mass: float, needs_grad_weight: bool
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    approximate_mass: float,
+    needs_grad_weight: bool,
+    logit_map: LogitMap,
 ) -> bool:
     """Whether `scaled_loss` is the faster way, where both can be taken.
 
-    Always where no Triton kernel computes the logits. Where one does, if the gradients are to be exact, as a sparse
-    backward is faster, and if the weight has one, in whose memory logits are kept. float16 is left out: a gradient that
-    is not yet multiplied by a gradient scaler's factor would underflow.
+    Always where no Triton kernel computes the logits. Where one does, if the weight has a gradient, in whose memory
+    something of the logits is kept: a sparse backward can use that only if the map has the same slope everywhere.
+    float16 is left out: a gradient that is not yet multiplied by a gradient scaler's factor would underflow.
     """
     if compute_dtype == torch.bfloat16:
-        return device.type == "cpu" or (device.type == "cuda" and approximate_mass == 0 and needs_grad_weight)
+        kept = needs_grad_weight and (approximate_mass == 0 or logit_map.affine() is not None)
+        return device.type == "cpu" or (device.type == "cuda" and kept)
     return compute_dtype in (torch.float32, torch.float64)
 
 

@@ -24,7 +24,7 @@ def plan(
             workspace_mib=None,
             approximate_mass=approximate_mass,
         )
-    pays = pays_in_forward(device, dtype, approximate_mass, needs_grad_weight=True)
+    pays = pays_in_forward(device, dtype, approximate_mass, needs_grad_weight=True, logit_map=problem.logit_map)
     once = ", in the forward where the loss is alone" if pays else ""
     if stored.supported(problem):
         return f"products by cuBLAS, Triton passes over blocks of logits, exact gradients{once}"

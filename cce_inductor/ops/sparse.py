@@ -18,7 +18,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..kernels import template
-from ..kernels.config import product_config, tile_config
+from ..kernels.coded_gradient import coded_gradient_kernel
+from ..kernels.config import coded_config, product_config, tile_config
 from ..kernels.share import share_kernel
 from ..kernels.sparse import (
     block_gradient_kernel,
@@ -27,6 +28,7 @@ from ..kernels.sparse import (
     weight_gradient_kernel,
 )
 from ..kernels.top_gradient import top_hidden_kernel, top_weight_kernel
+from .kept_tiles import KeptTiles, Place
 from .launch import Rounds, can_use_tma, device_properties, ignore_arguments, interpretable, l2_cache_bytes
 from .problem import Problem, RowGradients, Tiles, evenly_spaced
 from .row_lists import Active, RowLists, Skipped, most_blocks_of_a_tile
@@ -51,16 +53,38 @@ def worthwhile(problem: Problem, needs_grad: list[bool]) -> bool:
     return known and flops >= LEAST_FLOPS and not needs_grad[2]
 
 
+def keeps_codes(problem: Problem) -> bool:
+    """Whether codes that the forward keeps say enough: not where a logit's slope depends on the logit."""
+    return problem.logit_map.affine() is not None
+
+
 def backward(
-    problem: Problem, lse: Tensor, tiles: Tiles, grads: RowGradients, needs_grad: list[bool]
+    problem: Problem,
+    lse: Tensor,
+    tiles: Tiles,
+    grads: RowGradients,
+    needs_grad: list[bool],
+    kept: KeptTiles | None = None,
+    grad_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(grad_hidden, grad_weight, an empty one for the bias), from what `cuda.forward` gave."""
+    """(grad_hidden, grad_weight, an empty one for the bias), from what `cuda.forward` gave.
+
+    kept: codes of the first tiles, of which some may lie in the memory of grad_weight.
+    grad_weight: to be written.
+    """
     sparse = _SparseBackward(problem, lse, tiles, grads.lse, grads.picked, needs_grad[0])
-    grad_hidden, grad_weight, grad_bias = (problem.hidden.new_empty(0) for _ in range(3))
-    kernels = [sparse.blocks()]
+    grad_hidden, grad_bias = (problem.hidden.new_empty(0) for _ in range(2))
+    if grad_weight is None:
+        grad_weight = torch.empty(
+            problem.weight.shape if needs_grad[1] else 0, dtype=problem.weight.dtype, device=lse.device
+        )
+    places = () if kept is None else kept.places
+    kernels = [sparse.coded_blocks(place) for place in places]
+    first_left = places[-1].tiles[1] if places else 0
+    if first_left < sparse.tiles:
+        kernels.append(sparse.blocks(first_left))
     if needs_grad[1]:
-        grad_weight = sparse.begin_weight()
-        kernels.append(sparse.weight_gradient(grad_weight))
+        kernels += [sparse.begin_weight(grad_weight), sparse.weight_gradient(grad_weight)]
     if needs_grad[0]:
         kernels.append(sparse.hidden_gradient())
     for round_index in range(sparse.lists.rounds):
@@ -100,7 +124,7 @@ class _SparseBackward:
         self.function = template.load(problem.logit_map).value_and_slope
         block_n, block_v = self.config.block_n, self.config.block_v
 
-        self.tiles = len(tiles.lse)
+        self.tile_lse, self.tiles = tiles.lse, len(tiles.lse)
         most = most_blocks_of_a_tile(problem.num_rows, block_n)
         dense_rows = -(-problem.num_rows // block_n) * block_n  # of slots, should all be dense
         blocks = self._blocks(dense_rows, most)
@@ -200,8 +224,40 @@ class _SparseBackward:
         not get the same bits if their own products were fused with the additions, and so not be rounded."""
         return self.hidden.stride(1) == self.weight.stride(1) == 1 and block_d >= WARP_COLUMNS
 
-    def blocks(self) -> Rounds:
-        """dz of the blocks of a round into the workspace."""
+    def coded_blocks(self, place: Place) -> Rounds:
+        """dz of the blocks of a round into the workspace, of those tiles whose codes are in a place."""
+        problem = self.problem
+        affine = problem.logit_map.affine()
+        assert affine is not None
+        config = coded_config(device_properties(self.lse.device)[0])
+        first_kept, last_kept = place.tiles
+        return Rounds(
+            coded_gradient_kernel,
+            self.processors * config.programs,
+            codes=place.logits,
+            tile_lse=self.tile_lse,
+            target=problem.target,
+            lse=self.lse,
+            grad_lse=self.grad_lse,
+            grad_picked=self.grad_picked,
+            dz=self.dz,
+            slot_tile=self.lists.slot_tile,
+            first_kept=first_kept,
+            last_kept=last_kept,
+            num_rows=problem.num_rows,
+            **ignore_arguments(problem),
+            slope=affine[0],
+            HAS_TARGET=problem.target is not None,
+            SLOT=self.config.block_n,
+            BLOCK_N=config.block_n,
+            BLOCK_V=config.block_v,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            **self._lists(config.programs),
+        )
+
+    def blocks(self, first_left: int) -> Rounds:
+        """dz of the blocks of a round into the workspace, of the tiles from one on."""
         problem, config = self.problem, self.config
         return Rounds(
             block_gradient_kernel,
@@ -215,6 +271,7 @@ class _SparseBackward:
             grad_picked=self.grad_picked,
             dz=self._blocks_of(self.dz, config.block_n, config.block_v),
             slot_tile=self.lists.slot_tile,
+            first_left=first_left,
             **ignore_arguments(problem),
             stride_hn=self.hidden.stride(0),
             stride_hd=self.hidden.stride(1),
@@ -222,20 +279,19 @@ class _SparseBackward:
             **self._lists(),
         )
 
-    def begin_weight(self) -> Tensor:
-        """The weight's gradient by the tokens that are computed alone and those that are skipped."""
+    def begin_weight(self, grad_weight: Tensor) -> Rounds:
+        """Writes the rows of the weight's gradient that belong to the tiles of a round, by the tokens that are computed
+        alone and those that are skipped."""
         problem, products = self.problem, self.products
-        grad_weight = torch.empty(problem.weight.shape, dtype=problem.weight.dtype, device=self.lse.device)
-        depth_blocks = -(-problem.width // products.part_depth)
-        top_weight_kernel[(self.tiles * (self.config.block_v // products.part) * depth_blocks,)](
+        return Rounds(
+            top_weight_kernel,
+            self.processors * products.part_programs,
             hidden=self.hidden,
             top_dz=self.top_dz,
             share=self.share,
             skipped_hidden=_float32_product(self.skipped.mass, problem.hidden),
             grad_peak=self.skipped.grad_peak,
             grad_weight=grad_weight,
-            slot_rows=self.lists.slot_rows,
-            list_start=self.lists.list_start,
             num_rows=problem.num_rows,
             num_columns=problem.vocab_size,
             num_tiles=self.tiles,
@@ -249,8 +305,8 @@ class _SparseBackward:
             STEP=products.part_step,
             num_warps=4,
             num_stages=self.config.num_stages,
+            **self._lists(products.part_programs),
         )
-        return grad_weight
 
     def weight_gradient(self, grad_weight: Tensor) -> Rounds:
         """Adds to the rows of the weight's gradient that belong to the tiles of a round."""
@@ -356,11 +412,11 @@ class _SparseBackward:
             "num_stages": self.config.num_stages,
         }
 
-    def _lists(self) -> dict[str, Any]:
-        """The arguments of a kernel that works on the blocks of a round."""
+    def _lists(self, programs: int = 1) -> dict[str, Any]:
+        """The arguments of a kernel that works on the blocks of a round, so many programs at a time on a processor."""
         return {
             "slot_rows": self.lists.slot_rows,
             "list_start": self.lists.list_start,
             "round_tiles": self.lists.round_tiles,
-            "NUM_PROGRAMS": self.processors,
+            "NUM_PROGRAMS": self.processors * programs,
         }

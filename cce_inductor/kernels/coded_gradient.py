@@ -1,0 +1,75 @@
+"""dz of a round's blocks from what the forward kept of their tiles, without a product (`kernels/codes.py`).
+
+    dz[n, v] = (p[n, v] * grad_lse[n] + [v == target[n]] * grad_picked[n]) * slope
+
+For maps with the same slope everywhere. `kernels/sparse.py` computes the blocks of the other tiles, and multiplies.
+"""
+
+import triton
+import triton.language as tl
+
+from .codes import load_shares
+from .pointwise import exp
+from .sparse import blocks_between
+from .tile import position_in_tile
+
+
+@triton.jit(do_not_specialize=["round_index", "first_kept", "last_kept", "num_rows", "ignore_index"])
+def coded_gradient_kernel(
+    codes,  # [tiles, N, BLOCK_V], uint8, of the tiles from first_kept to last_kept
+    tile_lse,  # [all tiles, N]
+    target,  # [N]
+    lse,  # [N]
+    grad_lse,  # [N]
+    grad_picked,  # [N]
+    dz,  # [blocks of a round * SLOT, BLOCK_V], contiguous
+    slot_rows,
+    slot_tile,
+    list_start,
+    round_tiles,
+    round_index,
+    first_kept,
+    last_kept,
+    num_rows,
+    ignore_index,
+    slope,
+    HAS_TARGET: tl.constexpr,
+    HAS_IGNORE_INDEX: tl.constexpr,
+    SLOT: tl.constexpr,  # rows of a slot
+    BLOCK_N: tl.constexpr,  # rows at a time, a divisor of SLOT
+    BLOCK_V: tl.constexpr,
+    NUM_PROGRAMS: tl.constexpr,
+):
+    PIECES: tl.constexpr = SLOT // BLOCK_N
+    begin, end = tl.load(round_tiles + round_index), tl.load(round_tiles + round_index + 1)
+    _, _, dense_slots, dense_blocks, round_slot, _ = blocks_between(list_start, begin, end)
+    here = tl.minimum(tl.maximum(begin, first_kept), end)
+    first_tile, _, _, dense_here, first_slot, own_here = blocks_between(list_start, here, tl.minimum(end, last_kept))
+    for work in tl.range(tl.program_id(0), (dense_here + own_here) * PIECES, NUM_PROGRAMS):
+        index = work // PIECES
+        if index < dense_here:
+            slot = index % dense_slots
+            tile = first_tile + index // dense_slots
+            block = index + (first_tile - begin) * dense_slots
+        else:
+            slot = first_slot + index - dense_here
+            tile = tl.load(slot_tile + slot)
+            block = dense_blocks + slot - round_slot
+        piece = (work % PIECES) * BLOCK_N + tl.arange(0, BLOCK_N)
+        listed = tl.load(slot_rows + slot.to(tl.int64) * SLOT + piece)
+        row_mask = listed >= 0
+        rows = tl.maximum(listed, 0)
+        shares = load_shares(codes, tile - first_kept, rows, row_mask, num_rows, BLOCK_V)
+        mass = exp(tl.load(tile_lse + tile.to(tl.int64) * num_rows + rows) - tl.load(lse + rows))
+        dx = shares * (mass * tl.load(grad_lse + rows))[:, None]
+        if HAS_TARGET:
+            targets = tl.load(target + rows)
+            position, inside = position_in_tile(targets, tile * BLOCK_V, ignore_index, HAS_IGNORE_INDEX, BLOCK_V)
+            target_grad = tl.load(grad_picked + rows, mask=inside, other=0.0)
+            hit = tl.arange(0, BLOCK_V)[None, :] == position[:, None]
+            dx += tl.where(hit, target_grad[:, None], 0.0)
+        # what lies outside of the logits must not add to the products
+        gradient = tl.where(row_mask[:, None], dx * slope, 0.0)
+        block_rows = (block.to(tl.int64) * SLOT + piece) * BLOCK_V
+        offsets = tl.multiple_of(block_rows[:, None], (1, 16)) + tl.arange(0, BLOCK_V)[None, :]
+        tl.store(dz + offsets, gradient.to(dz.dtype.element_ty))
