@@ -135,17 +135,26 @@ def block_gradient_kernel(
             tl.store(dz + offsets, gradient.to(dz.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["round_index", "num_columns"])
+@triton.jit
+def begins_before(skips, list_start, tile, num_tiles, PARTS: tl.constexpr):
+    """Whether grad_weight of a tile has a part that is not from its blocks: of what is skipped or computed alone."""
+    tops = list_start + 1 + num_tiles + tile * PARTS
+    return (tl.load(skips + tile) != 0) | (tl.load(tops + PARTS) > tl.load(tops))
+
+
+@triton.jit(do_not_specialize=["round_index", "num_columns", "num_tiles"])
 def weight_gradient_kernel(
     hidden,  # pointer, [N, D]
     dense_hidden,  # TMA descriptor or pointer, [slots * BLOCK_N, D], contiguous: those of the dense rows, as listed
     dz,  # TMA descriptor or pointer, [blocks of a round * BLOCK_N, BLOCK_V]
-    grad_weight,  # [V, D], contiguous: added to
+    skips,  # [tiles], bool
+    grad_weight,  # [V, D], contiguous: added to where `begins_before`, else written
     slot_rows,  # with BLOCK_N more at the end
     list_start,
     round_tiles,
     round_index,
     num_columns,
+    num_tiles,
     width,
     stride_hn,
     stride_hd,
@@ -154,6 +163,7 @@ def weight_gradient_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STEP: tl.constexpr,  # rows of one step of the inner product, a divisor of BLOCK_N
+    PARTS: tl.constexpr,  # of a tile: see kernels/top_gradient.py
     NUM_PROGRAMS: tl.constexpr,
 ):
     """A program completes a block [BLOCK_V, BLOCK_D] of grad_weight with the sum over the blocks of its tile."""
@@ -196,7 +206,8 @@ def weight_gradient_kernel(
         offsets = columns[:, None].to(tl.int64) * width + depths[None, :]
         mask = (columns < num_columns)[:, None] & (depths < width)[None, :]
         if dense_steps + steps > 0:  # what has no block is complete: it need not be read and written again
-            total += tl.load(grad_weight + offsets, mask=mask, other=0.0).to(tl.float32)
+            if begins_before(skips, list_start, tile, num_tiles, PARTS):
+                total += tl.load(grad_weight + offsets, mask=mask, other=0.0).to(tl.float32)
             tl.store(grad_weight + offsets, total.to(grad_weight.dtype.element_ty), mask=mask)
 
 
@@ -229,20 +240,28 @@ def hidden_gradient_kernel(
 ):
     """A program multiplies a chain of blocks with the same rows, then adds once to the gradient of these rows.
 
-    The blocks of a slot of dense rows form one chain; they come first, for they are long. Every other block is a chain.
+    The blocks of a slot of dense rows form one chain; they come first, for they are long. Those that are left when all
+    programs have had as many are cut into pieces, so that all have some of them. Every other block is a chain.
     """
     STEPS: tl.constexpr = BLOCK_V // STEP
     first_tile, tiles, dense_slots, dense_blocks, first_slot, own_slots = round_blocks(
         list_start, round_tiles, round_index
     )
     depth_blocks = tl.cdiv(width, BLOCK_D)
-    dense_work = tl.where(tiles > 0, dense_slots * depth_blocks, 0)
+    chains = tl.where(tiles > 0, dense_slots * depth_blocks, 0)
+    whole = chains // NUM_PROGRAMS * NUM_PROGRAMS
+    pieces = tl.minimum(NUM_PROGRAMS // tl.maximum(chains - whole, 1), tl.maximum(tiles, 1))
+    dense_work = whole + (chains - whole) * pieces
     for work in tl.range(tl.program_id(0), dense_work + own_slots * depth_blocks, NUM_PROGRAMS):
         if work < dense_work:
-            slot = work // depth_blocks
-            depth = (work % depth_blocks) * BLOCK_D
-            block, blocks, apart = slot, tiles, dense_slots
-            tile = first_tile
+            cut = work >= whole
+            chain = tl.where(cut, whole + (work - whole) // pieces, work)
+            begin = tl.where(cut, (work - whole) % pieces * tiles // pieces, 0)
+            end = tl.where(cut, ((work - whole) % pieces + 1) * tiles // pieces, tiles)
+            slot = chain // depth_blocks
+            depth = (chain % depth_blocks) * BLOCK_D
+            block, blocks, apart = begin * dense_slots + slot, end - begin, dense_slots
+            tile = first_tile + begin
         else:
             group = (work - dense_work) // (own_slots * depths_at_once)
             within = (work - dense_work) % (own_slots * depths_at_once)

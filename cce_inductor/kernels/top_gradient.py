@@ -13,6 +13,7 @@ import triton.language as tl
 
 from .fixed_point import fixed_point_unit, to_fixed_point
 from .pointwise import exp
+from .sparse import begins_before
 from .tile import gather_rows
 from .tops import column_of, number_of, with_column
 
@@ -93,6 +94,7 @@ def top_weight_kernel(
     share,  # [V]
     skipped_hidden,  # [tiles, D], float32: sum over n of skipped_mass[tile, n] * hidden[n]
     grad_peak,  # one number, by which skipped_mass is divided
+    skips,  # [tiles], bool
     grad_weight,  # [V, D], contiguous
     slot_rows,  # with BLOCK_N more at the end
     list_start,
@@ -116,32 +118,34 @@ def top_weight_kernel(
     depth_blocks = tl.cdiv(width, BLOCK_D)
     first_part = tl.load(round_tiles + round_index) * parts
     parts_here = tl.load(round_tiles + round_index + 1) * parts - first_part
-    peak = tl.load(grad_peak)
+    peak, dense_slots = tl.load(grad_peak), tl.load(list_start + 1)
     for work in tl.range(tl.program_id(0), parts_here * depth_blocks, NUM_PROGRAMS):
         index = first_part + work // depth_blocks
         tile = index // parts
-        first = (index % parts) * PART
-        depth = (work % depth_blocks) * BLOCK_D
-        slot = tl.load(list_start + 1 + num_tiles + index)
-        steps = (tl.load(list_start + 2 + num_tiles + index) - slot) * (BLOCK_N // STEP)
-        listed = slot_rows + slot.to(tl.int64) * BLOCK_N + tl.arange(0, STEP)
-        tile_dz = top_dz + tile.to(tl.int64) * num_rows
-        total = tl.zeros((PART, BLOCK_D), dtype=tl.float32)
-        # the next rows are looked up a step ahead: loads that wait for an index can't be pipelined
-        rows = tl.load(listed)
-        for step in range(steps):
-            packed = tl.load(tile_dz + rows, mask=rows >= 0, other=0)
-            h = gather_rows(hidden, tl.maximum(rows, 0), depth, width, stride_hn, stride_hd, BLOCK_D)
-            rows = tl.load(listed + (step + 1) * STEP)
-            hit = first + tl.arange(0, PART)[None, :] == column_of(packed, TILE_WIDTH)[:, None]
-            g = tl.where(hit, number_of(packed, TILE_WIDTH)[:, None], 0.0).to(h.dtype)
-            total = tl.dot(g.T, h, total, input_precision="ieee")
-        columns = tile * TILE_WIDTH + first + tl.arange(0, PART)
-        depths = depth + tl.arange(0, BLOCK_D)
-        column_mask, depth_mask = columns < num_columns, depths < width
-        spread = tl.load(share + columns, mask=column_mask, other=0.0) * peak
-        skipped = tl.load(skipped_hidden + tile.to(tl.int64) * width + depths, mask=depth_mask, other=0.0)
-        total += spread[:, None] * skipped[None, :]
-        offsets = columns[:, None].to(tl.int64) * width + depths[None, :]
-        mask = column_mask[:, None] & depth_mask[None, :]
-        tl.store(grad_weight + offsets, total.to(grad_weight.dtype.element_ty), mask=mask)
+        blocks = dense_slots + tl.load(list_start + 2 + tile) - tl.load(list_start + 1 + tile)
+        if begins_before(skips, list_start, tile, num_tiles, parts) | (blocks == 0):
+            first = (index % parts) * PART
+            depth = (work % depth_blocks) * BLOCK_D
+            slot = tl.load(list_start + 1 + num_tiles + index)
+            steps = (tl.load(list_start + 2 + num_tiles + index) - slot) * (BLOCK_N // STEP)
+            listed = slot_rows + slot.to(tl.int64) * BLOCK_N + tl.arange(0, STEP)
+            tile_dz = top_dz + tile.to(tl.int64) * num_rows
+            total = tl.zeros((PART, BLOCK_D), dtype=tl.float32)
+            # the next rows are looked up a step ahead: loads that wait for an index can't be pipelined
+            rows = tl.load(listed)
+            for step in range(steps):
+                packed = tl.load(tile_dz + rows, mask=rows >= 0, other=0)
+                h = gather_rows(hidden, tl.maximum(rows, 0), depth, width, stride_hn, stride_hd, BLOCK_D)
+                rows = tl.load(listed + (step + 1) * STEP)
+                hit = first + tl.arange(0, PART)[None, :] == column_of(packed, TILE_WIDTH)[:, None]
+                g = tl.where(hit, number_of(packed, TILE_WIDTH)[:, None], 0.0).to(h.dtype)
+                total = tl.dot(g.T, h, total, input_precision="ieee")
+            columns = tile * TILE_WIDTH + first + tl.arange(0, PART)
+            depths = depth + tl.arange(0, BLOCK_D)
+            column_mask, depth_mask = columns < num_columns, depths < width
+            spread = tl.load(share + columns, mask=column_mask, other=0.0) * peak
+            skipped = tl.load(skipped_hidden + tile.to(tl.int64) * width + depths, mask=depth_mask, other=0.0)
+            total += spread[:, None] * skipped[None, :]
+            offsets = columns[:, None].to(tl.int64) * width + depths[None, :]
+            mask = column_mask[:, None] & depth_mask[None, :]
+            tl.store(grad_weight + offsets, total.to(grad_weight.dtype.element_ty), mask=mask)

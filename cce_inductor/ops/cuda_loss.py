@@ -8,10 +8,13 @@
 import torch
 from torch import Tensor
 
+from ..kernels.config import product_config, tile_config
 from . import cuda, sparse
 from .blocks import Gradients, add_rows
 from .kept_tiles import KeptTiles
+from .launch import device_properties
 from .problem import Problem, Reductions, RowGradients
+from .sparse_rounds import room_for_codes
 
 
 def supported(problem: Problem) -> bool:
@@ -39,14 +42,15 @@ def exact(problem: Problem, coefficient: Tensor, needs_grad: list[bool]) -> tupl
     return loss, *gradients.results(problem)
 
 
-def approximate(
-    problem: Problem, coefficient: Tensor, needs_grad: list[bool], room_bytes: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same with a sparse backward. room_bytes: for codes, beside the workspace."""
+def approximate(problem: Problem, coefficient: Tensor, needs_grad: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same with a sparse backward."""
     grad_weight = problem.weight.new_empty(problem.weight.shape if needs_grad[1] else 0)
     kept = KeptTiles()
     if sparse.keeps_codes(problem):
-        kept = KeptTiles.coded(problem, cuda.forward_config(problem).block_v, room_bytes, grad_weight)
+        capability, processors = device_properties(problem.hidden.device)
+        config = tile_config(capability, backward=True)
+        room_bytes = room_for_codes(problem, config, product_config(capability), processors)
+        kept = KeptTiles.coded(problem, config.block_v, room_bytes, grad_weight)
     results = cuda.reduce(problem, kept)
     loss, grads = _loss_and_row_gradients(problem, results, coefficient)
     return loss, *sparse.backward(problem, results.lse, results.tiles, grads, needs_grad, kept, grad_weight)

@@ -30,7 +30,7 @@ from .counted import counted_rows, spread, with_rows
 from .fallback import first_that_runs, smaller
 from .kept import KeptLogits
 from .problem import MIB, Problem, Reductions, RowGradients, spans
-from .workspace import for_loss_with_gradients
+from .workspace import for_approximate_loss, for_loss_with_gradients
 
 LOGITS_SHARE = 5  # a workspace is no larger than a fifth of the logits, whose memory the operators are there to save
 FUSED_LOGITS_SHARE = 8  # a product takes little time there, and torch.compile's logits have 16 bits too
@@ -56,7 +56,7 @@ def loss_and_gradients(
     problem: Problem, coefficient: Tensor, needs_grad: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, grad_hidden, grad_weight, grad_bias); gradients are empty where not needed."""
-    lean, problem = problem, for_loss_with_gradients(problem)
+    given, problem = problem, for_loss_with_gradients(problem)
 
     def ways(name: str, compute: Callable) -> dict[str, Callable]:
         return {
@@ -70,8 +70,7 @@ def loss_and_gradients(
     elif cuda_loss.supported(problem):
         in_triton = ways("the Triton loss with its gradients", cuda_loss.exact)
         if cuda_loss.may_skip(problem, needs_grad):
-            room = problem.workspace_bytes - lean.workspace_bytes
-            approximate = functools.partial(cuda_loss.approximate, lean, coefficient, needs_grad, room)
+            approximate = functools.partial(cuda_loss.approximate, for_approximate_loss(given), coefficient, needs_grad)
             in_triton = {"the sparse loss with its gradients": approximate} | in_triton
     else:
         return first_that_runs("scaled_loss", through_aten)

@@ -11,8 +11,8 @@ gradient: as the last that are kept end where all gradients end, each slice's be
 N < D, all logits that are left take less room than their gradients. So of V classes min(V, C + (V - C) D / N) are kept,
 and where the weight is float32, whose gradient has twice the room, min(V, C + 2 (V - C) D / N).
 
-A sparse backward takes the vocabulary in the same order, and is told of 8 bits a logit (`kernels/codes.py`): of the
-first tiles in memory of their own, of the others in the weight's gradient, where twice as many have room.
+A sparse backward takes the vocabulary in the same order, and finds codes of 8 bits (`kernels/codes.py`): of as many
+classes as have room in the weight's gradient, V D / N times the size of its numbers, and of the next ones apart.
 """
 
 from collections.abc import Iterator
@@ -66,9 +66,12 @@ def kept_arguments(place: Place | None) -> dict[str, Any]:
 class KeptTiles:
     """The logits of the first tiles of the vocabulary, as many as there is room for; none by default."""
 
-    def __init__(self, places: tuple[Place, ...] = ()) -> None:
-        """places: in the order of the vocabulary, from its start and without gaps."""
-        self.places = places
+    def __init__(self, places: tuple[Place, ...] = (), bytes_apart: int = 0) -> None:
+        """places: in the order of the vocabulary, from its start and without gaps.
+
+        bytes_apart: what they take in memory that nothing else uses.
+        """
+        self.places, self.bytes_apart = places, bytes_apart
 
     @classmethod
     def within(cls, problem: Problem, tile_columns: int, workspace: Tensor, grad_weight: Tensor) -> "KeptTiles":
@@ -97,29 +100,31 @@ class KeptTiles:
 
     @classmethod
     def coded(cls, problem: Problem, tile_columns: int, room_bytes: int, grad_weight: Tensor) -> "KeptTiles":
-        """Room for codes in so many bytes apart, and in the weight's gradient, not yet written, or none if it is empty.
+        """Room for codes in the weight's gradient, not yet written, or none if it is empty, and in so many bytes apart.
 
-        A tile's gradient must not be written before the codes of all tiles to it are read.
+        Those in the gradient are of the first tiles and end where it ends. So the first one's have room, and the last
+        one's lie behind the gradients before it, which are written when its codes have not been read.
         """
         tiles = -(-problem.vocab_size // tile_columns)
         size = problem.num_rows * tile_columns
         room = grad_weight.flatten().view(torch.uint8)
         gradient = room.numel() // problem.vocab_size * tile_columns  # bytes of a tile's
-        apart = min(room_bytes // size, tiles)
-        # the first one's codes lie behind the gradients before, and so do those of the last one
-        in_room = min((room.numel() - apart * gradient) // size, (room.numel() - size) // max(1, gradient) + 1 - apart)
-        in_room = max(0, min(in_room, tiles - apart))
-        middle, end = apart * tile_columns, min((apart + in_room) * tile_columns, problem.vocab_size)
+        inside = 0
+        if room.numel() >= size:
+            inside = min(room.numel() // size, (room.numel() - size) // gradient + 1, tiles)
+        apart = min(room_bytes // size, tiles - inside)
+        middle, end = (min(count * tile_columns, problem.vocab_size) for count in (inside, inside + apart))
         places = (
-            (slice(0, min(middle, end)), room.new_empty(apart * size)),
-            (slice(min(middle, end), end), room[room.numel() - in_room * size :]),
+            (slice(0, middle), room[room.numel() - inside * size :]),
+            (slice(middle, end), room.new_empty(apart * size)),
         )
         return cls(
             tuple(
                 Place(columns, codes, None, tile_columns, size, tile_columns)
                 for columns, codes in places
                 if columns.start < columns.stop
-            )
+            ),
+            bytes_apart=apart * size,
         )
 
     def parts(self, rows: slice, columns: slice) -> Iterator[tuple[slice, Place | None]]:

@@ -31,12 +31,11 @@ from ..kernels.top_gradient import top_hidden_kernel, top_weight_kernel
 from .kept_tiles import KeptTiles, Place
 from .launch import Rounds, can_use_tma, device_properties, ignore_arguments, interpretable, l2_cache_bytes
 from .problem import Problem, RowGradients, Tiles, evenly_spaced
-from .row_lists import Active, RowLists, Skipped, most_blocks_of_a_tile
+from .row_lists import Active, RowLists, Skipped
+from .sparse_rounds import blocks_of_a_round
 
 LEAST_FLOPS = 10**12  # of the logits, one to two milliseconds: as long as the host takes to start the kernels
 SAMPLED_ROWS = 128  # from which the share of each token in its tile is estimated
-LIST_BYTES = 10  # of slots, skipped mass and what is computed alone, for a pair of a tile and a row
-MOST_ROUNDS = 64  # each is three launches, which the host must not be slower with than the GPU is with the whole
 WARP_COLUMNS = 256  # 16 bytes of a row for each lane; where rows are narrower, lanes share columns
 TOKEN_NUMBERS = 8192  # of rows of the weight that a program keeps in registers
 _compensates = True
@@ -72,15 +71,13 @@ def backward(
     kept: codes of the first tiles, of which some may lie in the memory of grad_weight.
     grad_weight: to be written.
     """
-    sparse = _SparseBackward(problem, lse, tiles, grads.lse, grads.picked, needs_grad[0])
+    kept = kept or KeptTiles()
+    sparse = _SparseBackward(problem, lse, tiles, grads.lse, grads.picked, needs_grad[0], kept)
     grad_hidden, grad_bias = (problem.hidden.new_empty(0) for _ in range(2))
     if grad_weight is None:
-        grad_weight = torch.empty(
-            problem.weight.shape if needs_grad[1] else 0, dtype=problem.weight.dtype, device=lse.device
-        )
-    places = () if kept is None else kept.places
-    kernels = [sparse.coded_blocks(place) for place in places]
-    first_left = places[-1].tiles[1] if places else 0
+        grad_weight = problem.weight.new_empty(problem.weight.shape if needs_grad[1] else 0)
+    kernels = [sparse.coded_blocks(place) for place in kept.places]
+    first_left = kept.places[-1].tiles[1] if kept.places else 0
     if first_left < sparse.tiles:
         kernels.append(sparse.blocks(first_left))
     if needs_grad[1]:
@@ -114,7 +111,14 @@ class _SparseBackward:
     """The kernels of one sparse backward with the operands that they share."""
 
     def __init__(
-        self, problem: Problem, lse: Tensor, tiles: Tiles, grad_lse: Tensor, grad_picked: Tensor, want_hidden: bool
+        self,
+        problem: Problem,
+        lse: Tensor,
+        tiles: Tiles,
+        grad_lse: Tensor,
+        grad_picked: Tensor,
+        want_hidden: bool,
+        kept: KeptTiles,
     ) -> None:
         self.problem, self.lse, self.grad_lse, self.grad_picked = problem, lse, grad_lse, grad_picked
         capability, self.processors = device_properties(lse.device)
@@ -125,9 +129,7 @@ class _SparseBackward:
         block_n, block_v = self.config.block_n, self.config.block_v
 
         self.tile_lse, self.tiles = tiles.lse, len(tiles.lse)
-        most = most_blocks_of_a_tile(problem.num_rows, block_n)
-        dense_rows = -(-problem.num_rows // block_n) * block_n  # of slots, should all be dense
-        blocks = self._blocks(dense_rows, most)
+        blocks = blocks_of_a_round(problem, self.config, self.products, self.processors, kept.bytes_apart)
         part = self.products.part
         active = Active.of(problem, lse, tiles, grad_lse, grad_picked, block_v, part, tops=_compensates)
         self.lists = RowLists.of(active, tiles, block_n, blocks, block_v, part)
@@ -135,20 +137,13 @@ class _SparseBackward:
         if not _compensates:
             self.skipped.mass.zero_()
         # the hidden states of the dense rows, as they are listed; what comes after them is not read
-        self.dense_hidden = self.hidden[self.lists.slot_rows[:dense_rows].clamp(0, problem.num_rows - 1)]
+        dense_slots = -(-problem.num_rows // block_n)  # should all be dense
+        self.dense_hidden = self.hidden[self.lists.slot_rows[: dense_slots * block_n].clamp(0, problem.num_rows - 1)]
         self.tma = can_use_tma(self.weight, self.dense_hidden)  # as can be any other gathered rows of hidden states
         self._estimate_shares(active, tiles)
         self._compute_tops(active, want_hidden)
         del active  # the workspace takes its memory
         self.dz = self.hidden.new_empty(blocks * block_n, block_v)
-
-    def _blocks(self, dense_rows: int, most: int) -> int:
-        """How many blocks of a round there is room for beside the lists, but enough for `MOST_ROUNDS`; at most all."""
-        problem, size = self.problem, self.problem.compute_dtype.itemsize
-        lists = LIST_BYTES * self.tiles * problem.num_rows
-        room = problem.workspace_bytes - lists - dense_rows * problem.width * size
-        least = most + -(-self.tiles * most // MOST_ROUNDS)
-        return min(max(room // (self.config.block_n * self.config.block_v * size), least), self.tiles * most)
 
     def _estimate_shares(self, active: Active, tiles: Tiles) -> None:
         """How a tile's skipped mass is spread over its columns, from some of the rows."""
@@ -291,6 +286,7 @@ class _SparseBackward:
             share=self.share,
             skipped_hidden=_float32_product(self.skipped.mass, problem.hidden),
             grad_peak=self.skipped.grad_peak,
+            skips=self.skipped.anything,
             grad_weight=grad_weight,
             num_rows=problem.num_rows,
             num_columns=problem.vocab_size,
@@ -317,11 +313,14 @@ class _SparseBackward:
             hidden=self.hidden,
             dense_hidden=self._blocks_of(self.dense_hidden, step, self.products.weight_depth),
             dz=self._blocks_of(self.dz, step, self.config.block_v),
+            skips=self.skipped.anything,
             grad_weight=grad_weight,
+            num_tiles=self.tiles,
             stride_hn=self.hidden.stride(0),
             stride_hd=self.hidden.stride(1),
             USE_TMA=self.tma,
             BLOCK_D=self.products.weight_depth,
+            PARTS=self.config.block_v // self.products.part,
             **self._product(),
             **self._lists(),
         )

@@ -2,7 +2,9 @@
 
 from dataclasses import replace
 
-from .problem import Problem
+from .problem import MIB, Problem
+
+MOST_FOR_CODES = 1024 * MIB
 
 
 def for_loss_with_gradients(problem: Problem) -> Problem:
@@ -13,6 +15,17 @@ def for_loss_with_gradients(problem: Problem) -> Problem:
     if not (problem.may_take_more and problem.hidden.is_cuda):
         return problem
     return replace(problem, workspace_bytes=max(problem.workspace_bytes, _room_below_half_of_compiled(problem)))
+
+
+def for_approximate_loss(problem: Problem) -> Problem:
+    """The same with a workspace for such a call whose gradients are sparse.
+
+    Codes of logits spare time only where many are needed again, so there is a limit to what they may take.
+    """
+    if not (problem.may_take_more and problem.hidden.is_cuda):
+        return problem
+    room = min(_room_below_half_of_compiled(problem), problem.workspace_bytes + MOST_FOR_CODES)
+    return replace(problem, workspace_bytes=max(problem.workspace_bytes, room))
 
 
 def _room_below_half_of_compiled(problem: Problem) -> int:
