@@ -28,7 +28,8 @@ def blocks_of_a_round(
     """For how many blocks of dz there is room beside so many bytes of codes, but enough for `MOST_ROUNDS`; at most all.
 
     Where all rows are dense, a round of whole tiles takes the programs a number of turns, each a block of the weight's
-    gradient. Of the numbers of tiles that fit, one is taken with which the fewest turns are needed in all.
+    gradient. What a round adds to the hidden states' gradient takes about as long as a turn. Of the numbers of tiles
+    that fit, one is taken with which there are the fewest turns and rounds.
     """
     tiles, most = _tiles(problem, config), most_blocks_of_a_tile(problem.num_rows, config.block_n)
     least = most + -(-tiles * most // MOST_ROUNDS)
@@ -38,13 +39,13 @@ def blocks_of_a_round(
     def turns(count: int) -> int:
         return -(-count * depth_blocks // processors)
 
-    def turns_in_all(count: int) -> int:
-        return tiles // count * turns(count) + turns(tiles % count)
+    def turns_and_rounds(count: int) -> int:
+        return tiles // count * turns(count) + turns(tiles % count) + -(-tiles // count)
 
     fitting = min((blocks - dense) // dense, tiles)
     full = {turn * processors // depth_blocks for turn in range(1, turns(fitting))} | {fitting}
     enough = [count for count in sorted(full, reverse=True) if count * dense + dense >= least]
-    return min(enough, key=turns_in_all) * dense + dense if enough else blocks
+    return min(enough, key=turns_and_rounds) * dense + dense if enough else blocks
 
 
 def _room(problem: Problem, config: TileConfig) -> int:

@@ -1,0 +1,362 @@
+"""What the forward keeps for a sparse backward, in 8 bits a logit: where, how exactly, and what comes of it."""
+
+import contextlib
+
+import cases
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_fallback import OF_THE_MACHINE, Broken
+from test_kept_tiles import in_triton
+from test_scaled_loss import compute, run
+from test_scaled_loss import eager as eager_loss
+from test_scaled_loss import make as make_loss
+from test_sparse import TILE_WIDTH, backward, make, recorded
+
+from cce_inductor.kernels.config import HOPPER_BACKWARD, HOPPER_PRODUCT
+from cce_inductor.ops import cuda, cuda_loss, fallback, row_lists, sparse
+from cce_inductor.ops.kept_tiles import KeptTiles
+from cce_inductor.ops.problem import MIB, Problem
+from cce_inductor.ops.sparse_rounds import FEW_ROUNDS, MOST_ROUNDS, blocks_of_a_round, room_for_codes
+from cce_inductor.ops.workspace import MOST_FOR_CODES, for_approximate_loss
+
+# the interpreter meets nan and infinity with numpy's warnings
+pytestmark = [cases.interpreted, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
+__all__ = ["in_triton"]  # a fixture of this module too
+
+BF16, FP32 = torch.bfloat16, torch.float32
+STEP = 2.0**-4  # between codes, of the smaller number
+NEVER = 2.0**-15.9  # what is smaller than this times the largest of its tile may be gone
+
+
+@pytest.fixture(autouse=True)
+def _few_sampled_rows(monkeypatch):
+    monkeypatch.setattr(sparse, "SAMPLED_ROWS", 16)
+
+
+# ------------------------------------------------------------------------------------------------------------ layout
+
+
+def codes_of(place, tile, rows):
+    """[N, columns of a tile] of a tile in a place."""
+    first = (tile - place.tiles[0]) * place.tile_stride
+    return place.logits[first:].as_strided((rows, TILE_WIDTH), (place.row_stride, 1))
+
+
+@given(
+    rows=st.integers(1, 40),
+    vocab=st.integers(1, 300),
+    width=st.integers(1, 60),
+    apart=st.integers(0, 20_000),
+    at_once=st.integers(1, 4),
+    dtype=st.sampled_from((BF16, FP32, None)),
+)
+def test_no_gradient_is_written_over_codes_that_will_be_read(rows, vocab, width, apart, at_once, dtype):
+    """Whatever number of tiles a round has. Without a gradient of the weight there is no room in it."""
+    problem = cases.Case(rows, vocab, width, BF16).problem()
+    grad_weight = torch.empty((vocab, width) if dtype else 0, dtype=dtype or BF16)
+    kept = KeptTiles.coded(problem, TILE_WIDTH, apart, grad_weight)
+    of_tile = {tile: codes_of(place, tile, rows) for place in kept.places for tile in range(*place.tiles)}
+    assert list(of_tile) == list(range(len(of_tile)))
+    assert kept.bytes_apart <= apart
+    for tile, codes in of_tile.items():
+        codes.fill_(tile)
+    tiles = -(-vocab // TILE_WIDTH)
+    for first in range(0, tiles, at_once):
+        for tile in range(first, min(first + at_once, len(of_tile))):
+            assert (of_tile[tile] == tile).all()
+        grad_weight[first * TILE_WIDTH : (first + at_once) * TILE_WIDTH] = -1
+    assert (grad_weight == -1).all()
+    size = rows * TILE_WIDTH
+    assert len(of_tile) >= min(
+        tiles, apart // size + max(0, grad_weight.nbytes // max(size, width * TILE_WIDTH * 4) - 1)
+    )
+
+
+HEADS = {  # of well-known models, and a long batch: (tokens, vocabulary, width, share that is kept)
+    "gemma2": (8192, 256000, 2304, 0.977),
+    "llama3": (8192, 128256, 4096, 1.0),
+    "qwen": (8192, 152064, 3584, 1.0),
+    "gpt2": (16384, 50257, 768, 0.6),
+    "phi": (8192, 32064, 3072, 1.0),
+    "long": (131072, 256000, 2304, 0.035),
+}
+
+
+def divided(rows, vocab, width, workspace_mib):
+    """(problem, kept tiles, blocks of a round) on an H100, without memory for the operands."""
+    hidden, weight = (torch.empty(size, width, dtype=BF16, device="meta") for size in (rows, vocab))
+    problem = Problem.plain(hidden, weight, torch.empty(rows, dtype=torch.int64, device="meta"), workspace_mib, 2**-5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "is_cuda", True)
+        problem = for_approximate_loss(problem)
+    room = room_for_codes(problem, HOPPER_BACKWARD, HOPPER_PRODUCT, 132)
+    kept = KeptTiles.coded(problem, HOPPER_BACKWARD.block_v, room, weight)
+    blocks = blocks_of_a_round(problem, HOPPER_BACKWARD, HOPPER_PRODUCT, 132, kept.bytes_apart)
+    return problem, kept, blocks
+
+
+@pytest.mark.parametrize(("rows", "vocab", "width", "share"), HEADS.values(), ids=HEADS)
+def test_the_share_of_large_heads(rows, vocab, width, share):
+    _, kept, _ = divided(rows, vocab, width, None)
+    assert kept.places[-1].columns.stop / vocab == pytest.approx(share, abs=0.005)
+
+
+@pytest.mark.parametrize("workspace_mib", [None, 64, 256, 1024])
+@pytest.mark.parametrize("head", HEADS)
+def test_codes_and_blocks_share_the_workspace(head, workspace_mib):
+    rows, vocab, width, _ = HEADS[head]
+    problem, kept, blocks = divided(rows, vocab, width, workspace_mib)
+    tiles, of_tile = -(-vocab // 256), -(-rows // 128)
+    bytes_of_blocks = blocks * 128 * 256 * 2
+    if workspace_mib is None:
+        assert 256 * MIB <= problem.workspace_bytes <= 256 * MIB + MOST_FOR_CODES
+    else:
+        assert problem.workspace_bytes == workspace_mib * MIB
+    lists = 10 * tiles * rows + 2 * of_tile * 128 * width
+    least = (of_tile + 2 + tiles * (of_tile + 1) // MOST_ROUNDS) * 128 * 256 * 2
+    assert kept.bytes_apart + bytes_of_blocks <= max(problem.workspace_bytes - lists, least)
+    if kept.bytes_apart:  # what codes take does not make rounds small
+        of_round = blocks // of_tile - 1
+        assert -(-tiles // of_round) <= FEW_ROUNDS * 1.25
+        assert of_round * -(-width // HOPPER_PRODUCT.weight_depth) >= 132 * 0.9
+
+
+# ------------------------------------------------------------------------------------------------------------- codes
+
+
+def kept_by(case, problem, apart=MIB):
+    """What a forward of all tiles keeps, and its results."""
+    kept = KeptTiles.coded(problem, TILE_WIDTH, apart, torch.empty(case.vocab, case.width))
+    return kept, cuda.reduce(problem, kept)
+
+
+def numbers(kept, rows):
+    """[N, columns of all tiles], float64: what codes stand for."""
+    codes = torch.cat([codes_of(p, tile, rows) for p in kept.places for tile in range(*p.tiles)], 1)
+    ones = torch.tensor(1.0).view(torch.int32) >> 19  # the bits of 1, of which four are kept after the point
+    return torch.where(codes == 0, 0.0, ((codes.int() - 255 + ones) << 19).view(torch.float32)).double()
+
+
+@given(
+    rows=st.integers(1, 40),
+    vocab=st.integers(1, 150),
+    spread=st.sampled_from([0.1, 1.0, 4.0, 100.0]),
+    ignore_index=st.sampled_from((-100, 0)),
+    seed=st.integers(0, 99),
+)
+def test_a_code_is_off_by_half_a_step_and_the_heaviest_by_nothing(rows, vocab, spread, ignore_index, seed):
+    case = make(rows, vocab, 16, seed=seed, ignore_index=ignore_index)
+    case.hidden *= spread / 4
+    problem = case.problem(approximate_mass=2**-5, skip_ignored=True)
+    kept, _ = kept_by(case, problem)
+    x = case.hidden.double() @ case.weight.double().T
+    x = torch.nn.functional.pad(x, (0, -vocab % TILE_WIDTH), value=-torch.inf)
+    peak = x.unflatten(1, (-1, TILE_WIDTH)).amax(2).repeat_interleave(TILE_WIDTH, 1)
+    right, got = torch.exp(x - peak), numbers(kept, rows)
+    counts = torch.ones(rows, dtype=torch.bool) if problem.counts is None else problem.counts
+    right, got, rounding = right[counts], got[counts], 32 * torch.finfo(FP32).eps * peak[counts].abs().clamp(min=1)
+    assert ((got - right).abs() <= right * (STEP / 2 + rounding) + NEVER * (right <= NEVER)).all()
+    assert (got[right == 1] == 1).all()
+    assert (got[:, vocab:] == 0).all()
+
+
+# --------------------------------------------------------------------------------------------------------- gradients
+
+
+def with_and_without(case, mass, dense_share, apart=MIB, workspace_bytes=1 << 14):
+    """The gradients of hidden and weight from codes, and without any."""
+    problem = case.problem(approximate_mass=mass, workspace_bytes=workspace_bytes)
+    grad_weight = torch.empty(case.vocab, case.width, dtype=case.weight.dtype)
+    kept = KeptTiles.coded(problem, TILE_WIDTH, apart, grad_weight)
+    lse, tiles = cuda.reduce(problem, kept).lse, recorded(case, problem)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row_lists, "DENSE_SHARE", dense_share)
+        coded = sparse.backward(problem, lse, tiles, case.row_gradients(), [True, True, False], kept, grad_weight)
+        assert coded[1] is grad_weight
+        return coded[:2], backward(case, mass, workspace_bytes)[:2]
+
+
+@cases.costly
+@given(
+    rows=st.integers(1, 70),
+    vocab=st.integers(1, 150),
+    width=st.integers(1, 40),
+    logit_map=st.sampled_from(["z", "-0.5*z + 1.0", "z/3.0"]),
+    bias=st.booleans(),
+    mass=st.sampled_from([0.0, 2**-5]),
+    dense_share=st.sampled_from([0.0, 0.6, 1.0]),
+    apart=st.sampled_from([0, 3000, MIB]),
+    workspace_bytes=st.sampled_from([1, 1 << 14, 1 << 20]),
+    seed=st.integers(0, 99),
+)
+def test_gradients_from_codes_are_as_close_as_codes_are(
+    rows, vocab, width, logit_map, bias, mass, dense_share, apart, workspace_bytes, seed
+):
+    """A share of a tile is off by a step of itself: half of one by its code, and as much by the sum of the others'."""
+    case = make(rows, vocab, width, logit_map=logit_map, bias=bias, seed=seed)
+    coded, without = with_and_without(case, mass, dense_share, apart, workspace_bytes)
+    added = 0.0 if case.bias_vector is None else case.bias_vector.double()
+    x, slope = case.problem().logit_map.value_and_derivative(case.hidden.double() @ case.weight.double().T + added)
+    p = torch.softmax(x, 1) * case.grads[0].double().abs()[:, None] * (1.0 if slope is None else slope.abs())
+    picked = case.grads[1].double().abs()[:, None] * torch.nn.functional.one_hot(case.targets.clamp(min=0), vocab)
+    rounding = 64 * torch.finfo(FP32).eps * (1 + x.abs().max())
+    size = p * (STEP * (1 + STEP) + NEVER * TILE_WIDTH + rounding) + rounding * picked
+    for mine, other, most in zip(
+        coded, without, (size @ case.weight.double().abs(), size.T @ case.hidden.double().abs()), strict=True
+    ):
+        assert ((mine.double() - other.double()).abs() <= most + 1e-30).all()
+
+
+@pytest.mark.parametrize("dense_share", [0.0, 1.0])
+def test_what_a_tile_weighs_is_not_rounded(dense_share):
+    """With hidden states of ones in one place, the weight's gradient there sums to all rows' gradients of the lse."""
+    case = make(64, 150, 24)
+    case.hidden[:, 0] = 1.0
+    case.grads[1] *= 0.0
+    (_, grad_weight), _ = with_and_without(case, 0.0, dense_share)
+    p = torch.softmax(case.hidden.double() @ case.weight.double().T, 1) * case.grads[0].double()[:, None]
+    for mine, right in zip(grad_weight[:, 0].split(TILE_WIDTH), p.sum(0).split(TILE_WIDTH), strict=True):
+        assert abs(mine.double().sum() - right.sum()) <= 150 * torch.finfo(FP32).eps * right.sum()
+
+
+def test_a_row_that_is_not_a_number_shows_in_the_gradients_as_in_eager():
+    case = make(40, 100, 16)
+    case.hidden[3] = torch.nan
+    case.grads[0][3], case.grads[1][3] = 1.0, -1.0
+    (grad_hidden, grad_weight), _ = with_and_without(case, 2**-3, 0.5)
+    assert grad_hidden[3].isnan().all()
+    assert grad_hidden[torch.arange(40) != 3].isfinite().all()
+    assert grad_weight.isnan().all()
+
+
+def test_a_tile_without_a_finite_logit_has_no_gradient():
+    case = make(40, 100, 16, bias=True)
+    case.bias_vector[TILE_WIDTH : 2 * TILE_WIDTH] = -torch.inf
+    case.targets = torch.where(case.targets == -100, case.targets, case.targets % TILE_WIDTH)
+    for gradient, other in zip(*with_and_without(case, 0.0, 0.0), strict=True):
+        assert gradient.isfinite().all()
+        assert (gradient - other).norm() <= STEP * other.norm()
+    assert (with_and_without(case, 0.0, 0.0)[0][1][TILE_WIDTH : 2 * TILE_WIDTH] == 0).all()
+
+
+# --------------------------------------------------------------------------------------------------------- operators
+
+
+@contextlib.contextmanager
+def sparse_loss():
+    """`scaled_loss` takes the way of a GPU with all its tiles recorded, however small the problem; counts how often."""
+    taken, approximate = [], cuda_loss.approximate
+
+    def noting(problem, *args):
+        taken.append(problem)
+        return approximate(problem, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sparse, "LEAST_FLOPS", 0)
+        patch.setattr(cuda, "recorded_tiles", lambda _, vocab, *__: -(-vocab // TILE_WIDTH))
+        patch.setattr(cuda_loss, "approximate", noting)
+        yield taken
+
+
+@settings(max_examples=12)
+@given(
+    rows=st.integers(1, 37),
+    vocab=st.integers(1, 150),
+    width=st.integers(1, 48),
+    dtypes=st.sampled_from(((BF16, BF16), (FP32, BF16), (torch.float16, torch.float16))),
+    logit_map=st.sampled_from(["z", "2.0*z", "30.0*tanh(z/30.0)"]),
+    ignore_index=st.sampled_from((-100, 0, None)),
+    scale=st.sampled_from([1.0, 0.25]),
+    seed=st.integers(0, 9),
+)
+def test_a_loss_with_its_gradients_is_close_to_eager(rows, vocab, width, dtypes, logit_map, ignore_index, scale, seed):
+    dtype, compute_dtype = dtypes
+    how = {"compute_dtype": compute_dtype, "logit_map": logit_map, "ignore_index": ignore_index}
+    leaves, *rest = make_loss(rows, vocab, width, dtype, bias=False, seed=seed, **how)
+    rest[2]["approximate_mass"] = 2.0**-5
+    with sparse_loss() as taken:
+        ours = run(compute, leaves, *rest, scale=scale)
+    assert len(taken) == 1
+    doubles = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    right = run(eager_loss, doubles, rest[0], rest[1].double(), rest[2], scale=scale)
+    theirs = run(eager_loss, [leaf.detach().to(compute_dtype).requires_grad_() for leaf in leaves], *rest, scale=scale)
+    assert [mine.dtype for mine in ours[1:]] == [dtype, dtype]
+    approximated = 2.0**-5 + STEP
+    for mine, other, exact in zip(ours, theirs, right, strict=True):
+        error, eager_error = (mine.double() - exact).norm(), (other.double() - exact).norm()
+        assert error <= eager_error + approximated * exact.norm() + 1e-6
+
+
+def untrained(rows=128, vocab=4096, width=64):
+    """A head as it is initialized."""
+    leaves, target, _, options = make_loss(rows, vocab, width, BF16, logit_map="z", bias=False)
+    generator = torch.Generator().manual_seed(1)
+    leaves[0].data = torch.randn(rows, width, generator=generator).to(BF16)
+    leaves[1].data = torch.randn(vocab, width, generator=generator).mul_(width**-0.5).to(BF16)
+    return leaves, target, torch.full((rows,), 1 / rows), options | {"approximate_mass": 2.0**-5}
+
+
+def test_of_an_untrained_head_gradients_are_no_worse_than_eager_and_no_row_is_lost():
+    """The error of codes drowns in that of bfloat16. A row of the weight's gradient without a target has only it."""
+    leaves, *rest = untrained()
+    with sparse_loss() as taken:
+        ours = run(compute, leaves, *rest)
+    assert taken
+    doubles = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    right = run(eager_loss, doubles, rest[0], rest[1].double(), rest[2])
+    theirs = run(eager_loss, leaves, *rest)
+    for mine, other, exact in zip(ours, theirs, right, strict=True):
+        assert (mine - exact).norm() <= 1.02 * (other - exact).norm() + 1e-7
+    of_rows = (ours[2] - right[2]).norm(dim=1) / right[2].norm(dim=1)
+    assert of_rows.median() <= STEP / 12**0.5  # of numbers evenly spread between two codes
+
+
+def test_the_bits_are_the_same_every_time():
+    problem = untrained(rows=64, vocab=500)
+    with sparse_loss():
+        first, second = run(compute, *problem), run(compute, *problem)
+    assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("needs_grad", [[True, False, False], [False, True, False]])
+def test_only_what_is_needed_is_computed(needs_grad):
+    leaves, target, coefficient, _ = untrained(rows=64, vocab=500)
+    problem = Problem.of(
+        *leaves, None, target, None, want_total=False, workspace_mib=1, skip_ignored=True, logit_map="z",
+        ignore_index=None, compute_dtype=BF16, approximate_mass=2.0**-5,
+    )  # fmt: skip
+    with sparse_loss(), torch.no_grad():
+        some = cuda_loss.approximate(problem, coefficient, needs_grad)
+        both = cuda_loss.approximate(problem, coefficient, [True, True, False])
+    assert torch.equal(some[0], both[0])
+    for gradient, full, needed in zip(some[1:], both[1:], needs_grad, strict=True):
+        if needed:
+            assert (gradient - full).norm() <= STEP * full.norm()  # fewer tiles are kept without a weight's gradient
+        else:
+            assert gradient.numel() == 0
+
+
+@pytest.mark.parametrize("logit_map", ["30.0*tanh(z/30.0)", "0.1*z*z"])
+def test_of_a_map_with_a_changing_slope_nothing_is_kept(logit_map):
+    leaves, target, coefficient, options = untrained(rows=64, vocab=500)
+    options["logit_map"] = logit_map
+    seen = []
+    with sparse_loss(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sparse, "coded_gradient_kernel", Broken(AssertionError("codes do not tell slopes")))
+        patch.setattr(KeptTiles, "coded", lambda *_: seen.append(1))
+        run(compute, leaves, target, coefficient, options)
+    assert not seen
+
+
+@pytest.mark.parametrize("kernel", ["coded_gradient_kernel", "top_weight_kernel"])
+def test_a_kernel_that_cannot_run_gives_way_to_exact_gradients(kernel, monkeypatch):
+    problem = untrained(rows=40, vocab=300)
+    monkeypatch.setattr(fallback, "_cannot_compile", set())
+    monkeypatch.setattr(fallback, "_warned", set())
+    expected = run(compute, *problem[:3], problem[3] | {"approximate_mass": 0.0})
+    monkeypatch.setattr(sparse, kernel, Broken(OF_THE_MACHINE["compilation"]))
+    with sparse_loss(), pytest.warns(RuntimeWarning, match="the sparse loss with its gradients can't run here"):
+        results = run(compute, *problem)
+    assert all(map(torch.equal, results, expected))
