@@ -137,7 +137,11 @@ def test_the_plan_of_a_cpu(dtype, mass, end):
 
 
 PLANS = {  # of an H100 or an A100: (dtype, rows, vocab, width, approximate_mass)
-    "large": ((9, 0), (torch.bfloat16, 8192, 128256, 4096, 2.0**-4), "by TMA, sparse backward"),
+    "large": (
+        (9, 0),
+        (torch.bfloat16, 8192, 128256, 4096, 2.0**-4),
+        "by TMA, sparse backward, in the forward where the",
+    ),
     "exact": ((9, 0), (torch.bfloat16, 8192, 128256, 4096, 0.0), "by TMA, exact backward, in the forward where the"),
     "exact, float16": ((8, 0), (torch.float16, 8192, 128256, 4096, 0.0), "by pointers, exact backward"),
     "small": ((9, 0), (torch.bfloat16, 1024, 50257, 768, 2.0**-4), "by TMA, exact backward"),

@@ -27,7 +27,7 @@ __all__ = ["in_triton"]  # a fixture of this module too
 
 BF16, FP32 = torch.bfloat16, torch.float32
 STEP = 2.0**-4  # between codes, of the smaller number
-NEVER = 2.0**-15.9  # what is smaller than this times the largest of its tile may be gone
+NEVER = 2.0**-15.8  # what is smaller than this times the largest of its tile may be gone
 
 
 @pytest.fixture(autouse=True)
@@ -132,6 +132,11 @@ def kept_by(case, problem, apart=MIB):
     return kept, cuda.reduce(problem, kept)
 
 
+def heaviest_of_tile(x):
+    """In the shape of x [N, V]."""
+    return torch.cat([tile.amax(1, keepdim=True).expand_as(tile) for tile in x.split(TILE_WIDTH, 1)], 1)
+
+
 def numbers(kept, rows):
     """[N, columns of all tiles], float64: what codes stand for."""
     codes = torch.cat([codes_of(p, tile, rows) for p in kept.places for tile in range(*p.tiles)], 1)
@@ -153,7 +158,7 @@ def test_a_code_is_off_by_half_a_step_and_the_heaviest_by_nothing(rows, vocab, s
     kept, _ = kept_by(case, problem)
     x = case.hidden.double() @ case.weight.double().T
     x = torch.nn.functional.pad(x, (0, -vocab % TILE_WIDTH), value=-torch.inf)
-    peak = x.unflatten(1, (-1, TILE_WIDTH)).amax(2).repeat_interleave(TILE_WIDTH, 1)
+    peak = heaviest_of_tile(x)
     right, got = torch.exp(x - peak), numbers(kept, rows)
     counts = torch.ones(rows, dtype=torch.bool) if problem.counts is None else problem.counts
     right, got, rounding = right[counts], got[counts], 32 * torch.finfo(FP32).eps * peak[counts].abs().clamp(min=1)
@@ -202,7 +207,7 @@ def test_gradients_from_codes_are_as_close_as_codes_are(
     p = torch.softmax(x, 1) * case.grads[0].double().abs()[:, None] * (1.0 if slope is None else slope.abs())
     picked = case.grads[1].double().abs()[:, None] * torch.nn.functional.one_hot(case.targets.clamp(min=0), vocab)
     rounding = 64 * torch.finfo(FP32).eps * (1 + x.abs().max())
-    size = p * (STEP * (1 + STEP) + NEVER * TILE_WIDTH + rounding) + rounding * picked
+    size = p * (STEP * (1 + STEP) + rounding) + rounding * picked + NEVER * heaviest_of_tile(p)
     for mine, other, most in zip(
         coded, without, (size @ case.weight.double().abs(), size.T @ case.hidden.double().abs()), strict=True
     ):
@@ -289,28 +294,32 @@ def test_a_loss_with_its_gradients_is_close_to_eager(rows, vocab, width, dtypes,
         assert error <= eager_error + approximated * exact.norm() + 1e-6
 
 
-def untrained(rows=128, vocab=4096, width=64):
+def untrained(rows=64, vocab=8000, width=32, dtype=BF16):
     """A head as it is initialized."""
-    leaves, target, _, options = make_loss(rows, vocab, width, BF16, logit_map="z", bias=False)
     generator = torch.Generator().manual_seed(1)
-    leaves[0].data = torch.randn(rows, width, generator=generator).to(BF16)
-    leaves[1].data = torch.randn(vocab, width, generator=generator).mul_(width**-0.5).to(BF16)
-    return leaves, target, torch.full((rows,), 1 / rows), options | {"approximate_mass": 2.0**-5}
+    hidden = torch.randn(rows, width, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(vocab, width, generator=generator).mul_(0.02).to(dtype).requires_grad_()
+    target = torch.randint(vocab, (rows,), generator=generator)
+    options = make_loss(1, 2, 1, dtype, logit_map="z", bias=False)[3] | {"approximate_mass": 2.0**-5}
+    return [hidden, weight], target, torch.full((rows,), 1 / rows), options
 
 
-def test_of_an_untrained_head_gradients_are_no_worse_than_eager_and_no_row_is_lost():
-    """The error of codes drowns in that of bfloat16. A row of the weight's gradient without a target has only it."""
-    leaves, *rest = untrained()
+def test_of_an_untrained_head_gradients_are_no_worse_than_eager_but_for_codes_and_no_row_is_lost():
+    """Codes round what comes from probabilities, here the smaller part. Rows without a target have nothing else."""
+    leaves, *rest = untrained(dtype=FP32)
     with sparse_loss() as taken:
         ours = run(compute, leaves, *rest)
-    assert taken
+    assert len(taken) == 1
     doubles = [leaf.detach().double().requires_grad_() for leaf in leaves]
     right = run(eager_loss, doubles, rest[0], rest[1].double(), rest[2])
     theirs = run(eager_loss, leaves, *rest)
-    for mine, other, exact in zip(ours, theirs, right, strict=True):
-        assert (mine - exact).norm() <= 1.02 * (other - exact).norm() + 1e-7
+    p = torch.softmax(doubles[0] @ doubles[1].T, 1) / len(doubles[0])
+    code = STEP / 12**0.5  # the root mean square of an error that is even within a step
+    of_codes = [0.0, code * (p @ doubles[1]).norm(), code * (p.T @ doubles[0]).norm()]
+    for mine, other, exact, most in zip(ours, theirs, right, of_codes, strict=True):
+        assert (mine - exact).norm() <= (other - exact).norm() + most + 1e-7
     of_rows = (ours[2] - right[2]).norm(dim=1) / right[2].norm(dim=1)
-    assert of_rows.median() <= STEP / 12**0.5  # of numbers evenly spread between two codes
+    assert of_rows.median() <= code
 
 
 def test_the_bits_are_the_same_every_time():

@@ -12,7 +12,7 @@ from cce_inductor.ops.problem import MIB
 pytestmark = pytest.mark.gpu
 
 
-def mean_loss(hidden, weight, bias, target, logit_map="z", compute_dtype=BF16, workspace_mib=256):
+def mean_loss(hidden, weight, bias, target, logit_map="z", compute_dtype=BF16, workspace_mib=256, approximate_mass=0.0):
     """A cross-entropy by `scaled_loss`; of rows whose target is not -100."""
     counts = target != -100
     return scaled_loss(
@@ -25,6 +25,7 @@ def mean_loss(hidden, weight, bias, target, logit_map="z", compute_dtype=BF16, w
         ignore_index=-100,
         compute_dtype=compute_dtype,
         workspace_mib=workspace_mib,
+        approximate_mass=approximate_mass,
         needs_grad=[True, True, bias is not None],
     )[0]
 

@@ -14,6 +14,8 @@ from cce_inductor.kernels.config import stored_config, tile_config
 from cce_inductor.ops import cpu, cpu_sparse, cuda, cuda_loss, in_forward, sparse, stored
 from cce_inductor.ops.launch import device_properties
 from cce_inductor.ops.problem import MIB
+from cce_inductor.ops.sparse_rounds import MOST_ROUNDS
+from cce_inductor.ops.workspace import for_approximate_loss
 
 FLOAT = 4
 ALLOCATION = 512  # a small tensor takes as much on a GPU
@@ -159,7 +161,7 @@ def sparse_bound(problem):
     rows = problem.num_rows + 2 * config.block_n
     size = problem.compute_dtype.itemsize
     lists = 16 * (tiles + 1) * rows
-    blocks = config.block_v * (1 + tiles / sparse.MOST_ROUNDS)
+    blocks = config.block_v * (1 + tiles / MOST_ROUNDS)
     scratch = max(problem.workspace_bytes, lists + rows * (blocks + problem.width) * size)
     skipped = 3 * (tiles + problem.num_rows) * problem.width * FLOAT
     cast = 0 if problem.weight.dtype == problem.compute_dtype else problem.weight.numel() * problem.hidden.itemsize
@@ -253,6 +255,33 @@ def assert_stored_within_bounds(device, size, workspace_bytes):
     logits = problem.num_rows * problem.vocab_size * FLOAT
     most = max(logits // in_forward.GPU_LOGITS_SHARE, in_forward.SMALL)
     assert peak <= stored_bound(replace(problem, workspace_bytes=min(workspace_bytes, most)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("workspace", [16, 256, None])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_of_a_loss_with_sparse_gradients_on_a_gpu(size, workspace, monkeypatch):
+    """The largest workspace is what `None` stands for."""
+    monkeypatch.setattr(sparse, "LEAST_FLOPS", 0)
+    assert_coded_within_bounds("cuda", size, None if workspace is None else workspace * MIB, torch.bfloat16)
+
+
+@cases.interpreted
+@pytest.mark.parametrize("workspace", [1, 1 << 14])
+def test_of_a_loss_with_sparse_gradients_in_the_interpreter(workspace, monkeypatch):
+    """In float16: the interpreter's bfloat16 takes copies."""
+    monkeypatch.setattr(cuda, "recorded_tiles", lambda _, vocab, *__: -(-vocab // 32))
+    assert_coded_within_bounds("cpu", (70, 200, 24), workspace, torch.float16)
+
+
+def assert_coded_within_bounds(device, size, workspace_bytes, dtype):
+    case = cases.Case(*size, dtype, bias=False, total=False, class_weight=False, device=device)
+    problem = case.problem(workspace_bytes=workspace_bytes or 256 * MIB, approximate_mass=2**-5, skip_ignored=True)
+    if workspace_bytes is None:
+        problem = for_approximate_loss(replace(problem, may_take_more=True))
+    coefficient = torch.ones(problem.num_rows, device=device)
+    peak, _ = peak_bytes(lambda: cuda_loss.approximate(problem, coefficient, [True, True, False]), device)
+    assert peak <= forward_bound(problem) + sparse_bound(problem)
 
 
 def assert_kept_within_bounds(device, size, workspace_bytes, bias, dtype):

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from cce_inductor.compat import FakeTensorMode
 from cce_inductor.kernels import active as active_rules
 from cce_inductor.ops import cuda, row_lists, sparse
+from cce_inductor.ops.kept_tiles import KeptTiles
 from cce_inductor.ops.library import vocab_reductions
 from cce_inductor.ops.problem import Problem, Reductions, Tiles, evenly_spaced
 from cce_inductor.ops.row_lists import Active, RowLists, Skipped
+from cce_inductor.ops.sparse_rounds import MOST_ROUNDS
 
 TILE_ROWS, TILE_WIDTH, PART = 16, 32, 16  # of the interpreter's tiles
 
@@ -313,8 +315,8 @@ def test_a_small_workspace_takes_no_more_than_so_many_rounds():
     case = make(70, 200 * TILE_WIDTH, 8)
     problem = case.problem(approximate_mass=2**-3, workspace_bytes=1)
     operands = cuda.forward(problem)[0], recorded(case, problem), *case.grads[:2]
-    lists = sparse._SparseBackward(problem, *operands, want_hidden=True).lists
-    assert 1 < lists.rounds <= sparse.MOST_ROUNDS
+    lists = sparse._SparseBackward(problem, *operands, want_hidden=True, kept=KeptTiles()).lists
+    assert 1 < lists.rounds <= MOST_ROUNDS
 
 
 def test_the_error_shrinks_with_the_budget():

@@ -1,0 +1,117 @@
+"""The loss with sparse gradients on a GPU, from codes of 8 bits a logit that the forward keeps."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from on_a_gpu import BF16, FP32
+from test_gpu_loss import LEADS, SHAPES, eager_mean_loss, leaves_of, losses_and_gradients
+from test_gpu_loss import mean_loss as exact_mean_loss
+
+from cce_inductor.logit_map import LogitMap
+from cce_inductor.ops import cuda_loss, sparse
+from cce_inductor.ops.kept_tiles import KeptTiles
+
+pytestmark = pytest.mark.gpu
+
+mean_loss = functools.partial(exact_mean_loss, approximate_mass=2.0**-5)
+next_to_exact = functools.partial(exact_mean_loss, approximate_mass=2.0**-30)
+CODE = 2.0**-4 / 12**0.5  # the root mean square of an error that is even within a step
+
+
+@pytest.fixture(autouse=True)
+def kept(monkeypatch):
+    """Problems of any size take this way, which is seen by the tiles that are kept; (first, last) of each place."""
+    monkeypatch.setattr(sparse, "LEAST_FLOPS", 0)
+    places, coded = [], KeptTiles.coded
+
+    def noting(*args):
+        tiles = coded(*args)
+        places.extend(place.tiles for place in tiles.places)
+        return tiles
+
+    monkeypatch.setattr(cuda_loss.KeptTiles, "coded", noting)
+    yield places
+    assert places
+
+
+def from_probabilities(hidden, weight, bias, target, logit_map):
+    """The part of the gradients of hidden and weight that comes from the probabilities."""
+    x, slope = LogitMap.parse(logit_map).value_and_derivative(F.linear(hidden, weight, bias))
+    counts = (target != -100).double()
+    dz = torch.softmax(x, 1) * (counts / counts.sum())[:, None] * (1.0 if slope is None else slope)
+    return dz @ weight, dz.T @ hidden
+
+
+@pytest.mark.parametrize("how", [{}, {"logit_map": "0.5*z + 1.0"}, {"dtype": FP32}], ids=str)
+@pytest.mark.parametrize("lead", LEADS.values(), ids=LEADS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_gradients_from_codes_are_no_worse_than_eagers_but_for_the_codes(shape, lead, how):
+    *sizes, workspace = shape
+    logit_map = how.get("logit_map", "z")
+    *leaves, target = leaves_of(*sizes, lead, dtype=how.get("dtype", BF16))
+    doubles = [None if t is None else t.detach().to(BF16).double().requires_grad_() for t in leaves]
+    right = losses_and_gradients(eager_mean_loss, *doubles, target, logit_map=logit_map)
+    with torch.autocast("cuda", BF16):  # for eager
+        eagers = losses_and_gradients(eager_mean_loss, *leaves, target, logit_map=logit_map)
+    ours = losses_and_gradients(next_to_exact, *leaves, target, logit_map=logit_map, workspace_mib=workspace)
+    rounding = 2.0**-9  # of dz and of a result, where eager's are next to exact: uniform rows
+    parts = from_probabilities(*doubles, target, logit_map)
+    for mine, theirs, exact, part in zip(ours[1:], eagers[1:], right[1:], parts, strict=True):
+        most = (theirs.double() - exact).norm() + rounding * exact.norm() + CODE * part.norm()
+        assert (mine.double() - exact).norm() <= most
+
+
+@pytest.mark.parametrize("lead", LEADS.values(), ids=LEADS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_gradients_from_codes_are_the_same_bits_every_run(shape, lead):
+    *sizes, workspace = shape
+    problem = leaves_of(*sizes, lead)
+    first = losses_and_gradients(mean_loss, *problem, workspace_mib=workspace)
+    garbage = [torch.full((2**26,), torch.nan, device="cuda") for _ in range(4)]  # to be found in memory
+    del garbage
+    for _ in range(3):
+        assert all(map(torch.equal, losses_and_gradients(mean_loss, *problem, workspace_mib=workspace), first))
+
+
+def test_nothing_waits_for_the_gpu_in_the_forward_with_sparse_gradients():
+    problem = leaves_of(1000, 20000, 128, 8.0)
+    losses_and_gradients(mean_loss, *problem, workspace_mib=4)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses_and_gradients(mean_loss, *problem, workspace_mib=4)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_forward_with_sparse_gradients_can_be_captured_into_a_cuda_graph():
+    problem = leaves_of(1000, 20000, 128, 8.0)
+    expected = losses_and_gradients(mean_loss, *problem, workspace_mib=4)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        losses_and_gradients(mean_loss, *problem, workspace_mib=4)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = losses_and_gradients(mean_loss, *problem, workspace_mib=4)
+    for result in captured:
+        result.zero_()
+    graph.replay()
+    assert all(map(torch.equal, captured, expected))
+
+
+@pytest.mark.parametrize(
+    ("rows", "vocab", "width", "workspace_mib"),
+    [(33000, 66000, 64, 4096), (4096, 560000, 4096, 64)],
+    ids=["apart", "gradient"],
+)
+def test_int64_offsets_into_codes(rows, vocab, width, workspace_mib, kept):
+    """The last rows, and classes, against those of exact gradients."""
+    *leaves, target = leaves_of(rows, vocab, width, 4.0, masked=0.0)
+    ours = losses_and_gradients(next_to_exact, *leaves, target, workspace_mib=workspace_mib)
+    assert kept[-1][1] == -(-vocab // 256), "all are kept"
+    theirs = losses_and_gradients(exact_mean_loss, *leaves, target, workspace_mib=256)
+    for mine, other in zip(ours, theirs, strict=True):
+        last = (slice(-64, None),) if mine.dim() else ()
+        assert (mine[last].float() - other[last].float()).norm() <= 2 * CODE * other[last].float().norm()
