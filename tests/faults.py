@@ -9,6 +9,7 @@ SPARSE = "tests/ops/test_sparse.py"
 LOSSES = "tests/ops/test_losses.py"
 SCALED = "tests/ops/test_scaled_loss.py"
 KEPT = "tests/ops/test_kept_tiles.py"
+CODES = "tests/ops/test_codes.py"
 CPU_SPARSE = "tests/ops/test_cpu_sparse.py"
 CPU_FUSED = "tests/ops/test_cpu_fused.py -k no_worse"
 MAPS = "tests/test_logit_map.py"
@@ -518,6 +519,76 @@ FAULTS = [
         KEPT + " -k will_be_read",
     ),
     Fault(
+        "codes: cut off instead of rounded",
+        "kernels/codes.py",
+        "(HALF - (ZERO << SHIFT))",
+        "(0 - (ZERO << SHIFT))",
+        CODES + " -k off_by",
+    ),
+    Fault(
+        "codes: shares of a tile do not sum to one",
+        "kernels/codes.py",
+        "tl.maximum(tl.sum(number, 1), LEAST)",
+        "tl.maximum(tl.sum(number, 1) * 1.01, LEAST)",
+        CODES + " -k weighs",
+    ),
+    Fault(
+        "codes: of the order in which rows count",
+        "kernels/forward.py",
+        "store_codes(kept, exp, column_block, places, row_mask, num_rows, BLOCK_V)",
+        "store_codes(kept, exp, column_block, rows, row_mask, num_rows, BLOCK_V)",
+        CODES + " -k off_by",
+    ),
+    Fault(
+        "codes: rows that are not listed count",
+        "kernels/coded_gradient.py",
+        "tl.where(row_mask[:, None], dx * slope, 0.0)",
+        "dx * slope",
+        CODES + " -k as_close",
+    ),
+    Fault(
+        "codes: the slope is forgotten",
+        "kernels/coded_gradient.py",
+        "dx * slope, 0.0)",
+        "dx, 0.0)",
+        CODES + " -k as_close",
+    ),
+    Fault(
+        "codes: logits are computed again all the same",
+        "ops/sparse.py",
+        "first_left = kept.places[-1].tiles[1] if kept.places else 0",
+        "first_left = 0",
+        CODES + " -k twice",
+    ),
+    Fault(
+        "codes: at the start of the gradient's memory",
+        "ops/kept_tiles.py",
+        "room[room.numel() - inside * size :]",
+        "room[: inside * size]",
+        CODES + " -k will_be_read",
+    ),
+    Fault(
+        "codes: take the room of blocks",
+        "ops/sparse_rounds.py",
+        "room - max(dz, room // LEAST_SHARE)",
+        "room",
+        CODES + " -k share_the_workspace",
+    ),
+    Fault(
+        "sparse: what is alone or skipped is written over",
+        "kernels/sparse.py",
+        "if begins_before(skips, list_start, tile, num_tiles, PARTS):",
+        "if False:",
+        SPARSE + " -k specified",
+    ),
+    Fault(
+        "sparse: pieces of a chain overlap",
+        "kernels/sparse.py",
+        "end = tl.where(cut, ((work - whole) % pieces + 1) * tiles // pieces, tiles)",
+        "end = tiles",
+        SPARSE + " -k nothing_skipped",
+    ),
+    Fault(
         "kept tiles: of a map with a kink",
         "ops/cuda_loss.py",
         "if problem.logit_map.is_smooth:",
@@ -525,9 +596,9 @@ FAULTS = [
         KEPT + " -k kink",
     ),
     Fault(
-        "in the forward: on a GPU also where gradients may be sparse",
+        "in the forward: on a GPU also where codes say too little for sparse gradients",
         "ops/library.py",
-        "approximate_mass == 0 and needs_grad_weight",
+        "needs_grad_weight and (approximate_mass == 0 or logit_map.affine() is not None)",
         "needs_grad_weight",
         GRAPH + "in_forward.py -k gpu",
     ),

@@ -347,6 +347,13 @@ def test_only_what_is_needed_is_computed(needs_grad):
             assert gradient.numel() == 0
 
 
+def test_no_logit_is_computed_twice_where_all_have_room():
+    problem = untrained(rows=64, vocab=500, width=64)
+    with sparse_loss(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sparse, "block_gradient_kernel", Broken(AssertionError("a logit is computed again")))
+        run(compute, *problem)
+
+
 @pytest.mark.parametrize("logit_map", ["30.0*tanh(z/30.0)", "0.1*z*z"])
 def test_of_a_map_with_a_changing_slope_nothing_is_kept(logit_map):
     leaves, target, coefficient, options = untrained(rows=64, vocab=500)
