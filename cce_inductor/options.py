@@ -23,8 +23,8 @@ class Options:
     min_flops: the fewest floating-point operations of the logits, 2 N V D, worth rewriting on a GPU in 16 bits. Below,
         or with fewer than 2048 rows, torch.compile's loss is faster. 0 rewrites every problem.
     workspace_mib: scratch memory of the backward in MiB. More makes it faster up to a point. None is 256, or on a GPU,
-        where gradients are exact and computed with the loss, as much as keeps the peak below half of torch.compile's
-        if that is more. ARCHITECTURE.md has the formula of the peak.
+        where gradients are computed with the loss, as much as keeps the peak below half of torch.compile's if that is
+        more, but at most 1280 where they may be approximate. ARCHITECTURE.md has the formula of the peak.
     approximate_mass: how much of each row's probability mass the backward may approximate, from 0 (exact gradients)
         to below 1. In bfloat16 and float16 on a GPU, and in bfloat16 on a CPU where the loss is the only one of its
         graph, it then skips the tiles of the softmax that matter least and puts their mass back as rows spread it on
