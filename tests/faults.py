@@ -582,6 +582,13 @@ FAULTS = [
         SPARSE + " -k specified",
     ),
     Fault(
+        "sparse: rows that are not listed count",
+        "kernels/sparse.py",
+        "tl.where(row_mask[:, None] & column_mask[None, :], dx * slope, 0.0)",
+        "tl.where(column_mask[None, :], dx * slope, 0.0)",
+        SPARSE + " -k specified",
+    ),
+    Fault(
         "sparse: pieces of a chain overlap",
         "kernels/sparse.py",
         "end = tl.where(cut, ((work - whole) % pieces + 1) * tiles // pieces, tiles)",

@@ -185,9 +185,9 @@ def with_and_without(case, mass, dense_share, apart=MIB, workspace_bytes=1 << 14
 
 @cases.costly
 @given(
-    rows=st.integers(1, 70),
-    vocab=st.integers(1, 150),
-    width=st.integers(1, 40),
+    rows=st.integers(1, 40),
+    vocab=st.integers(1, 100),
+    width=st.integers(1, 24),
     logit_map=st.sampled_from(["z", "-0.5*z + 1.0", "z/3.0"]),
     bias=st.booleans(),
     mass=st.sampled_from([0.0, 2**-5]),
@@ -265,11 +265,11 @@ def sparse_loss():
         yield taken
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
-    rows=st.integers(1, 37),
-    vocab=st.integers(1, 150),
-    width=st.integers(1, 48),
+    rows=st.integers(1, 20),
+    vocab=st.integers(1, 100),
+    width=st.integers(1, 24),
     dtypes=st.sampled_from(((BF16, BF16), (FP32, BF16), (torch.float16, torch.float16))),
     logit_map=st.sampled_from(["z", "2.0*z", "30.0*tanh(z/30.0)"]),
     ignore_index=st.sampled_from((-100, 0, None)),
@@ -294,7 +294,7 @@ def test_a_loss_with_its_gradients_is_close_to_eager(rows, vocab, width, dtypes,
         assert error <= eager_error + approximated * exact.norm() + 1e-6
 
 
-def untrained(rows=64, vocab=8000, width=32, dtype=BF16):
+def untrained(rows=64, vocab=2000, width=32, dtype=BF16):
     """A head as it is initialized."""
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(rows, width, generator=generator).to(dtype).requires_grad_()
@@ -317,13 +317,13 @@ def test_of_an_untrained_head_gradients_are_no_worse_than_eager_but_for_codes_an
     code = STEP / 12**0.5  # the root mean square of an error that is even within a step
     of_codes = [0.0, code * (p @ doubles[1]).norm(), code * (p.T @ doubles[0]).norm()]
     for mine, other, exact, most in zip(ours, theirs, right, of_codes, strict=True):
-        assert (mine - exact).norm() <= (other - exact).norm() + most + 1e-7
+        assert (mine - exact).norm() <= (other - exact).norm() + most + 4 * torch.finfo(FP32).eps * exact.norm()
     of_rows = (ours[2] - right[2]).norm(dim=1) / right[2].norm(dim=1)
     assert of_rows.median() <= code
 
 
 def test_the_bits_are_the_same_every_time():
-    problem = untrained(rows=64, vocab=500)
+    problem = untrained(rows=20, vocab=200)
     with sparse_loss():
         first, second = run(compute, *problem), run(compute, *problem)
     assert all(map(torch.equal, first, second))
@@ -331,7 +331,7 @@ def test_the_bits_are_the_same_every_time():
 
 @pytest.mark.parametrize("needs_grad", [[True, False, False], [False, True, False]])
 def test_only_what_is_needed_is_computed(needs_grad):
-    leaves, target, coefficient, _ = untrained(rows=64, vocab=500)
+    leaves, target, coefficient, _ = untrained(rows=20, vocab=200)
     problem = Problem.of(
         *leaves, None, target, None, want_total=False, workspace_mib=1, skip_ignored=True, logit_map="z",
         ignore_index=None, compute_dtype=BF16, approximate_mass=2.0**-5,
@@ -348,7 +348,7 @@ def test_only_what_is_needed_is_computed(needs_grad):
 
 
 def test_no_logit_is_computed_twice_where_all_have_room():
-    problem = untrained(rows=64, vocab=500, width=64)
+    problem = untrained(rows=20, vocab=200)
     with sparse_loss(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(sparse, "block_gradient_kernel", Broken(AssertionError("a logit is computed again")))
         run(compute, *problem)
@@ -356,7 +356,7 @@ def test_no_logit_is_computed_twice_where_all_have_room():
 
 @pytest.mark.parametrize("logit_map", ["30.0*tanh(z/30.0)", "0.1*z*z"])
 def test_of_a_map_with_a_changing_slope_nothing_is_kept(logit_map):
-    leaves, target, coefficient, options = untrained(rows=64, vocab=500)
+    leaves, target, coefficient, options = untrained(rows=20, vocab=200)
     options["logit_map"] = logit_map
     seen = []
     with sparse_loss(), pytest.MonkeyPatch.context() as patch:
