@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 PREFIX = f"{kernels.__name__}."
 OF_CUBLAS = "nvjet"  # in the names of its kernels that use a tensor memory accelerator
 TOOLS = ("memcheck", "racecheck", "initcheck")
-TESTS = ("tests/ops/test_gpu.py", "tests/ops/test_gpu_loss.py")
+TESTS = ("tests/ops/test_gpu.py", "tests/ops/test_gpu_loss.py", "tests/ops/test_gpu_codes.py")
 # What else there is needs much memory, counts on its speed, or differs in the values of its data only.
 SMALL = "(no_worse or ignored_rows) and not uniform and not certain"
 # initcheck takes memory that a tensor memory accelerator wrote, for Triton or for cuBLAS, to be without a value. Where

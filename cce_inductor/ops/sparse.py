@@ -15,11 +15,9 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..kernels import template
 from ..kernels.coded_gradient import coded_gradient_kernel
-from ..kernels.config import coded_config, product_config, tile_config
+from ..kernels.config import coded_config
 from ..kernels.share import share_kernel
 from ..kernels.sparse import (
     block_gradient_kernel,
@@ -29,9 +27,10 @@ from ..kernels.sparse import (
 )
 from ..kernels.top_gradient import top_hidden_kernel, top_weight_kernel
 from .kept_tiles import KeptTiles, Place
-from .launch import Rounds, can_use_tma, device_properties, ignore_arguments, interpretable, l2_cache_bytes
+from .launch import Rounds, device_properties, ignore_arguments, l2_cache_bytes
 from .problem import Problem, RowGradients, Tiles, evenly_spaced
 from .row_lists import Active, RowLists, Skipped
+from .sparse_operands import SparseOperands
 from .sparse_rounds import blocks_of_a_round
 
 LEAST_FLOPS = 10**12  # of the logits, one to two milliseconds: as long as the host takes to start the kernels
@@ -107,8 +106,8 @@ def without_compensation() -> Iterator[None]:
         _compensates = True
 
 
-class _SparseBackward:
-    """The kernels of one sparse backward with the operands that they share."""
+class _SparseBackward(SparseOperands):
+    """The kernels of one sparse backward with what they share."""
 
     def __init__(
         self,
@@ -120,14 +119,9 @@ class _SparseBackward:
         want_hidden: bool,
         kept: KeptTiles,
     ) -> None:
-        self.problem, self.lse, self.grad_lse, self.grad_picked = problem, lse, grad_lse, grad_picked
-        capability, self.processors = device_properties(lse.device)
-        self.config, self.products = tile_config(capability, backward=True), product_config(capability)
-        self.weight = interpretable(problem.weight.to(problem.compute_dtype))
-        self.hidden = interpretable(problem.hidden)
-        self.function = template.load(problem.logit_map).value_and_slope
+        super().__init__(problem)
+        self.lse, self.grad_lse, self.grad_picked = lse, grad_lse, grad_picked
         block_n, block_v = self.config.block_n, self.config.block_v
-
         self.tile_lse, self.tiles = tiles.lse, len(tiles.lse)
         blocks = blocks_of_a_round(problem, self.config, self.products, self.processors, kept.bytes_apart)
         part = self.products.part
@@ -139,7 +133,6 @@ class _SparseBackward:
         # the hidden states of the dense rows, as they are listed; what comes after them is not read
         dense_slots = -(-problem.num_rows // block_n)  # should all be dense
         self.dense_hidden = self.hidden[self.lists.slot_rows[: dense_slots * block_n].clamp(0, problem.num_rows - 1)]
-        self.tma = can_use_tma(self.weight, self.dense_hidden)  # as can be any other gathered rows of hidden states
         self._estimate_shares(active, tiles)
         self._compute_tops(active, want_hidden)
         del active  # the workspace takes its memory
@@ -154,8 +147,8 @@ class _SparseBackward:
         self.skipped_weight = hidden.new_empty(self.tiles, problem.width, dtype=problem.compute_dtype)
         self.weight_peak = torch.zeros(1, dtype=torch.int32, device=hidden.device)
         share_kernel[(min(self.tiles, self.processors),)](
-            **self._logits(),
-            hidden=self._blocks_of(hidden, config.block_n, config.block_d),
+            **self.logits(),
+            hidden=self.blocks_of(hidden, config.block_n, config.block_d),
             lse=self.lse[sample],
             grad_lse=self.grad_lse[sample],
             skipped_mass=self.skipped.mass[:, sample],
@@ -257,14 +250,14 @@ class _SparseBackward:
         return Rounds(
             block_gradient_kernel,
             self.processors,
-            **self._logits(),
+            **self.logits(),
             hidden=self.hidden,
-            dense_hidden=self._blocks_of(self.dense_hidden, config.block_n, config.block_d),
+            dense_hidden=self.blocks_of(self.dense_hidden, config.block_n, config.block_d),
             target=problem.target,
             lse=self.lse,
             grad_lse=self.grad_lse,
             grad_picked=self.grad_picked,
-            dz=self._blocks_of(self.dz, config.block_n, config.block_v),
+            dz=self.blocks_of(self.dz, config.block_n, config.block_v),
             slot_tile=self.lists.slot_tile,
             first_left=first_left,
             **ignore_arguments(problem),
@@ -311,8 +304,8 @@ class _SparseBackward:
             weight_gradient_kernel,
             self.processors,
             hidden=self.hidden,
-            dense_hidden=self._blocks_of(self.dense_hidden, step, self.products.weight_depth),
-            dz=self._blocks_of(self.dz, step, self.config.block_v),
+            dense_hidden=self.blocks_of(self.dense_hidden, step, self.products.weight_depth),
+            dz=self.blocks_of(self.dz, step, self.config.block_v),
             skips=self.skipped.anything,
             grad_weight=grad_weight,
             num_tiles=self.tiles,
@@ -321,7 +314,7 @@ class _SparseBackward:
             USE_TMA=self.tma,
             BLOCK_D=self.products.weight_depth,
             PARTS=self.config.block_v // self.products.part,
-            **self._product(),
+            **self.product(),
             **self._lists(),
         )
 
@@ -331,8 +324,8 @@ class _SparseBackward:
         return Rounds(
             hidden_gradient_kernel,
             self.processors,
-            **self._weight_operand(products.step, products.hidden_depth),
-            dz=self._blocks_of(self.dz, self.config.block_n, products.step),
+            **self.weight_operand(products.step, products.hidden_depth),
+            dz=self.blocks_of(self.dz, self.config.block_n, products.step),
             lse=self.lse,
             grad_lse=self.grad_lse,
             grad_picked=self.grad_picked,
@@ -342,7 +335,7 @@ class _SparseBackward:
             depths_at_once=self._depths_at_once(),
             slope_bound=self.problem.logit_map.slope_bound,
             BLOCK_D=products.hidden_depth,
-            **self._product(),
+            **self.product(),
             **self._lists(),
         )
 
@@ -370,46 +363,6 @@ class _SparseBackward:
             BLOCK_D=min(4096, triton.next_power_of_2(problem.width)),
         )
         return grad_hidden
-
-    def _blocks_of(self, tensor: Tensor, rows: int, columns: int) -> Tensor | TensorDescriptor:
-        return TensorDescriptor.from_tensor(tensor, [rows, columns]) if self.tma else tensor
-
-    def _weight_operand(self, rows: int, columns: int) -> dict[str, Any]:
-        return {
-            "weight": self._blocks_of(self.weight, rows, columns),
-            "stride_wv": self.weight.stride(0),
-            "stride_wd": self.weight.stride(1),
-            "USE_TMA": self.tma,
-        }
-
-    def _logits(self) -> dict[str, Any]:
-        """The arguments of a kernel that computes logits."""
-        config = self.config
-        return {
-            **self._weight_operand(config.block_v, config.block_d),
-            "bias": self.problem.bias,
-            "num_columns": self.problem.vocab_size,
-            "width": self.problem.width,
-            "VALUE_AND_SLOPE": self.function,
-            "HAS_BIAS": self.problem.bias is not None,
-            "BLOCK_N": config.block_n,
-            "BLOCK_V": config.block_v,
-            "BLOCK_D": config.block_d,
-            "num_warps": config.num_warps,
-            "num_stages": config.num_stages,
-        }
-
-    def _product(self) -> dict[str, Any]:
-        """The arguments that the two kernels for products have in common."""
-        return {
-            "num_columns": self.problem.vocab_size,
-            "width": self.problem.width,
-            "BLOCK_N": self.config.block_n,
-            "BLOCK_V": self.config.block_v,
-            "STEP": self.products.step,
-            "num_warps": self.config.num_warps,
-            "num_stages": self.config.num_stages,
-        }
 
     def _lists(self, programs: int = 1) -> dict[str, Any]:
         """The arguments of a kernel that works on the blocks of a round, so many programs at a time on a processor."""
