@@ -5,8 +5,8 @@
     p[n, v]    = number(code[n, v]) / sum over u of number(code[n, u]) * exp(tile_lse[n] - lse[n])
 
 The largest of a tile is coded exactly; others are off by up to 1/32 of themselves, 0.013 in the root mean square. What
-a tile weighs is not rounded at all. Half a byte less than float16 differences of logits (`kept.py`) would take, twice
-over; and it is a subtraction, a comparison and a shift for each logit, in a loop in which every instruction counts.
+a tile weighs is not rounded at all. A code takes half of the memory of a logit's float16 difference (`kept.py`), and an
+addition, a comparison and a shift to make, in a loop in which every instruction counts.
 """
 
 import triton

@@ -59,7 +59,7 @@ def kept_arguments(place: Place | None) -> dict[str, Any]:
         "kept_base": place and place.base,
         "stride_kept_tile": place and place.tile_stride,
         "stride_kept_row": place and place.row_stride,
-        "stride_kept_base": place and place.base is not None and place.base.stride(0),
+        "stride_kept_base": place.base.stride(0) if place is not None and place.base is not None else None,
     }
 
 

@@ -86,6 +86,7 @@ def backward(
     for round_index in range(sparse.lists.rounds):
         for kernel in kernels:
             kernel(round_index)
+    del kernels, kernel, sparse.dz  # what comes now takes its memory
     if needs_grad[0]:
         grad_hidden = sparse.complete_hidden()
     return grad_hidden, grad_weight, grad_bias
