@@ -183,7 +183,7 @@ def with_and_without(case, mass, dense_share, apart=MIB, workspace_bytes=1 << 14
         return coded[:2], backward(case, mass, workspace_bytes)[:2]
 
 
-@cases.costly
+@settings(max_examples=10)
 @given(
     rows=st.integers(1, 40),
     vocab=st.integers(1, 100),
@@ -217,13 +217,13 @@ def test_gradients_from_codes_are_as_close_as_codes_are(
 @pytest.mark.parametrize("dense_share", [0.0, 1.0])
 def test_what_a_tile_weighs_is_not_rounded(dense_share):
     """With hidden states of ones in one place, the weight's gradient there sums to all rows' gradients of the lse."""
-    case = make(64, 150, 24)
+    case = make(40, 100, 16)
     case.hidden[:, 0] = 1.0
     case.grads[1] *= 0.0
     (_, grad_weight), _ = with_and_without(case, 0.0, dense_share)
     p = torch.softmax(case.hidden.double() @ case.weight.double().T, 1) * case.grads[0].double()[:, None]
     for mine, right in zip(grad_weight[:, 0].split(TILE_WIDTH), p.sum(0).split(TILE_WIDTH), strict=True):
-        assert abs(mine.double().sum() - right.sum()) <= 150 * torch.finfo(FP32).eps * right.sum()
+        assert abs(mine.double().sum() - right.sum()) <= 100 * torch.finfo(FP32).eps * right.sum()
 
 
 def test_a_row_that_is_not_a_number_shows_in_the_gradients_as_in_eager():
@@ -294,7 +294,7 @@ def test_a_loss_with_its_gradients_is_close_to_eager(rows, vocab, width, dtypes,
         assert error <= eager_error + approximated * exact.norm() + 1e-6
 
 
-def untrained(rows=64, vocab=2000, width=32, dtype=BF16):
+def untrained(rows=48, vocab=1500, width=24, dtype=BF16):
     """A head as it is initialized."""
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(rows, width, generator=generator).to(dtype).requires_grad_()
