@@ -58,7 +58,7 @@ def loss_and_gradients(
     """(loss, grad_hidden, grad_weight, grad_bias); gradients are empty where not needed."""
     given, problem = problem, for_loss_with_gradients(problem)
 
-    def ways(name: str, compute: Callable) -> dict[str, Callable]:
+    def ways(name: str, compute: Callable, problem: Problem = problem) -> dict[str, Callable]:
         return {
             name: lambda: compute(problem, coefficient, needs_grad),
             f"{name} in less memory": lambda: compute(smaller(problem), coefficient, needs_grad),
@@ -70,8 +70,8 @@ def loss_and_gradients(
     elif cuda_loss.supported(problem):
         in_triton = ways("the Triton loss with its gradients", cuda_loss.exact)
         if cuda_loss.may_skip(problem, needs_grad):
-            approximate = functools.partial(cuda_loss.approximate, for_approximate_loss(given), coefficient, needs_grad)
-            in_triton = {"the sparse loss with its gradients": approximate} | in_triton
+            sparse = ways("the sparse loss with its gradients", cuda_loss.approximate, for_approximate_loss(given))
+            in_triton = sparse | in_triton
     else:
         return first_that_runs("scaled_loss", through_aten)
     return first_that_runs(cuda.kind(problem), in_triton | through_aten)

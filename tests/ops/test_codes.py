@@ -376,3 +376,20 @@ def test_a_kernel_that_cannot_run_gives_way_to_exact_gradients(kernel, monkeypat
     with sparse_loss(), pytest.warns(RuntimeWarning, match="the sparse loss with its gradients can't run here"):
         results = run(compute, *problem)
     assert all(map(torch.equal, results, expected))
+
+
+def test_out_of_memory_it_takes_less_and_stays_sparse(monkeypatch):
+    problem = untrained(rows=20, vocab=200)
+    problem[3]["workspace_mib"] = 64
+    monkeypatch.setattr(fallback, "_warned", set())
+    approximate = cuda_loss.approximate
+
+    def too_large(problem, *args):
+        if problem.workspace_bytes > 8 * MIB:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return approximate(problem, *args)
+
+    monkeypatch.setattr(cuda_loss, "approximate", too_large)
+    with sparse_loss() as taken, pytest.warns(RuntimeWarning, match="the sparse loss with its gradients can't run"):
+        run(compute, *problem)
+    assert [problem.workspace_bytes for problem in taken] == [64 * MIB, 8 * MIB]
