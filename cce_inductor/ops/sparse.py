@@ -17,7 +17,6 @@ import triton
 from torch import Tensor
 
 from ..kernels.coded_gradient import coded_gradient_kernel
-from ..kernels.config import coded_config
 from ..kernels.share import share_kernel
 from ..kernels.sparse import (
     block_gradient_kernel,
@@ -27,7 +26,7 @@ from ..kernels.sparse import (
 )
 from ..kernels.top_gradient import top_hidden_kernel, top_weight_kernel
 from .kept_tiles import KeptTiles, Place
-from .launch import Rounds, device_properties, ignore_arguments, l2_cache_bytes
+from .launch import Rounds, ignore_arguments, l2_cache_bytes
 from .problem import Problem, RowGradients, Tiles, evenly_spaced
 from .row_lists import Active, RowLists, Skipped
 from .sparse_operands import SparseOperands
@@ -178,10 +177,8 @@ class _SparseBackward(SparseOperands):
             hidden=self.hidden,
             weight=self.weight,
             bias=problem.bias,
-            target=problem.target,
-            lse=self.lse,
-            grad_lse=self.grad_lse,
-            grad_picked=self.grad_picked,
+            **self._rows(),
+            **self._targets(),
             weight_peak=self.weight_peak,
             row_tokens=active.row_tokens,
             row_count=active.row_count,
@@ -190,7 +187,6 @@ class _SparseBackward(SparseOperands):
             num_rows=rows,
             num_tiles=self.tiles,
             width=width,
-            **ignore_arguments(problem),
             slope_bound=problem.logit_map.slope_bound,
             stride_hn=self.hidden.stride(0),
             stride_hd=self.hidden.stride(1),
@@ -198,7 +194,6 @@ class _SparseBackward(SparseOperands):
             stride_wd=self.weight.stride(1),
             VALUE_AND_SLOPE=self.function,
             HAS_BIAS=problem.bias is not None,
-            HAS_TARGET=problem.target is not None,
             WANT_HIDDEN=want_hidden,
             BLOCK_V=self.config.block_v,
             BLOCK_D=block_d,
@@ -218,25 +213,21 @@ class _SparseBackward(SparseOperands):
         problem = self.problem
         affine = problem.logit_map.affine()
         assert affine is not None
-        config = coded_config(device_properties(self.lse.device)[0])
+        config = self.coded_config
         first_kept, last_kept = place.tiles
         return Rounds(
             coded_gradient_kernel,
             self.processors * config.programs,
             codes=place.logits,
             tile_lse=self.tile_lse,
-            target=problem.target,
-            lse=self.lse,
-            grad_lse=self.grad_lse,
-            grad_picked=self.grad_picked,
+            **self._rows(),
+            **self._targets(),
             dz=self.dz,
             slot_tile=self.lists.slot_tile,
             first_kept=first_kept,
             last_kept=last_kept,
             num_rows=problem.num_rows,
-            **ignore_arguments(problem),
             slope=affine[0],
-            HAS_TARGET=problem.target is not None,
             SLOT=self.config.block_n,
             BLOCK_N=config.block_n,
             BLOCK_V=config.block_v,
@@ -247,24 +238,20 @@ class _SparseBackward(SparseOperands):
 
     def blocks(self, first_left: int) -> Rounds:
         """dz of the blocks of a round into the workspace, of the tiles from one on."""
-        problem, config = self.problem, self.config
+        config = self.config
         return Rounds(
             block_gradient_kernel,
             self.processors,
             **self.logits(),
             hidden=self.hidden,
             dense_hidden=self.blocks_of(self.dense_hidden, config.block_n, config.block_d),
-            target=problem.target,
-            lse=self.lse,
-            grad_lse=self.grad_lse,
-            grad_picked=self.grad_picked,
+            **self._rows(),
+            **self._targets(),
             dz=self.blocks_of(self.dz, config.block_n, config.block_v),
             slot_tile=self.lists.slot_tile,
             first_left=first_left,
-            **ignore_arguments(problem),
             stride_hn=self.hidden.stride(0),
             stride_hd=self.hidden.stride(1),
-            HAS_TARGET=problem.target is not None,
             **self._lists(),
         )
 
@@ -327,9 +314,7 @@ class _SparseBackward(SparseOperands):
             self.processors,
             **self.weight_operand(products.step, products.hidden_depth),
             dz=self.blocks_of(self.dz, self.config.block_n, products.step),
-            lse=self.lse,
-            grad_lse=self.grad_lse,
-            grad_picked=self.grad_picked,
+            **self._rows(),
             weight_peak=self.weight_peak,
             fixed=self.fixed,
             slot_tile=self.lists.slot_tile,
@@ -352,9 +337,7 @@ class _SparseBackward(SparseOperands):
         complete_hidden_kernel[(problem.num_rows,)](
             fixed=self.fixed,
             skipped=self.skipped.mass.T @ self.skipped_weight,
-            lse=self.lse,
-            grad_lse=self.grad_lse,
-            grad_picked=self.grad_picked,
+            **self._rows(),
             weight_peak=self.weight_peak,
             grad_peak=self.skipped.grad_peak,
             grad_hidden=grad_hidden,
@@ -364,6 +347,15 @@ class _SparseBackward(SparseOperands):
             BLOCK_D=min(4096, triton.next_power_of_2(problem.width)),
         )
         return grad_hidden
+
+    def _rows(self) -> dict[str, Any]:
+        """What a kernel is told of each row."""
+        return {"lse": self.lse, "grad_lse": self.grad_lse, "grad_picked": self.grad_picked}
+
+    def _targets(self) -> dict[str, Any]:
+        """The arguments of a kernel that looks at targets."""
+        target = self.problem.target
+        return {"target": target, "HAS_TARGET": target is not None, **ignore_arguments(self.problem)}
 
     def _lists(self, programs: int = 1) -> dict[str, Any]:
         """The arguments of a kernel that works on the blocks of a round, so many programs at a time on a processor."""

@@ -6,7 +6,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..kernels import template
-from ..kernels.config import product_config, tile_config
+from ..kernels.config import coded_config, product_config, tile_config
 from .launch import can_use_tma, device_properties, interpretable
 from .problem import Problem
 
@@ -18,6 +18,7 @@ class SparseOperands:
         self.problem = problem
         capability, self.processors = device_properties(problem.hidden.device)
         self.config, self.products = tile_config(capability, backward=True), product_config(capability)
+        self.coded_config = coded_config(capability)
         self.weight = interpretable(problem.weight.to(problem.compute_dtype))
         self.hidden = interpretable(problem.hidden)
         # of the hidden states kernels load rows that were gathered

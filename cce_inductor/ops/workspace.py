@@ -12,9 +12,7 @@ def for_loss_with_gradients(problem: Problem) -> Problem:
 
     The more logits have room, the fewer are computed twice. On a CPU more memory does not make it faster.
     """
-    if not (problem.may_take_more and problem.hidden.is_cuda):
-        return problem
-    return replace(problem, workspace_bytes=max(problem.workspace_bytes, _room_below_half_of_compiled(problem)))
+    return _taking_more(problem, _room_below_half_of_compiled(problem))
 
 
 def for_approximate_loss(problem: Problem) -> Problem:
@@ -22,10 +20,15 @@ def for_approximate_loss(problem: Problem) -> Problem:
 
     Codes of logits spare time only where many are needed again, so there is a limit to what they may take.
     """
+    most = problem.workspace_bytes + MOST_FOR_CODES
+    return _taking_more(problem, min(_room_below_half_of_compiled(problem), most))
+
+
+def _taking_more(problem: Problem, workspace_bytes: int) -> Problem:
+    """The same with so large a workspace, if that is more and it may take more."""
     if not (problem.may_take_more and problem.hidden.is_cuda):
         return problem
-    room = min(_room_below_half_of_compiled(problem), problem.workspace_bytes + MOST_FOR_CODES)
-    return replace(problem, workspace_bytes=max(problem.workspace_bytes, room))
+    return replace(problem, workspace_bytes=max(problem.workspace_bytes, workspace_bytes))
 
 
 def _room_below_half_of_compiled(problem: Problem) -> int:

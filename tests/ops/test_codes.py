@@ -126,12 +126,6 @@ def test_codes_and_blocks_share_the_workspace(head, workspace_mib):
 # ------------------------------------------------------------------------------------------------------------- codes
 
 
-def kept_by(case, problem, apart=MIB):
-    """What a forward of all tiles keeps, and its results."""
-    kept = KeptTiles.coded(problem, TILE_WIDTH, apart, torch.empty(case.vocab, case.width))
-    return kept, cuda.reduce(problem, kept)
-
-
 def heaviest_of_tile(x):
     """In the shape of x [N, V]."""
     return torch.cat([tile.amax(1, keepdim=True).expand_as(tile) for tile in x.split(TILE_WIDTH, 1)], 1)
@@ -155,7 +149,8 @@ def test_a_code_is_off_by_half_a_step_and_the_heaviest_by_nothing(rows, vocab, s
     case = make(rows, vocab, 16, seed=seed, ignore_index=ignore_index)
     case.hidden *= spread / 4
     problem = case.problem(approximate_mass=2**-5, skip_ignored=True)
-    kept, _ = kept_by(case, problem)
+    kept = KeptTiles.coded(problem, TILE_WIDTH, MIB, torch.empty(vocab, 16))
+    cuda.reduce(problem, kept)
     x = case.hidden.double() @ case.weight.double().T
     x = torch.nn.functional.pad(x, (0, -vocab % TILE_WIDTH), value=-torch.inf)
     peak = heaviest_of_tile(x)

@@ -4,7 +4,7 @@ import cases
 import pytest
 import torch
 import torch.nn.functional as F
-from on_a_gpu import BF16, FP16, FP32, FP64, plain, random, targets
+from on_a_gpu import BF16, FP16, FP32, FP64, assert_captured, assert_same_bits, nothing_waits, plain, random, targets
 
 from cce_inductor.ops import cpu, cuda, sparse
 from cce_inductor.ops.problem import MIB
@@ -104,20 +104,15 @@ def test_gradients_are_the_same_bits_every_run(mass, picks):
         lse, picked = plain(hidden, weight, target, 16, mass)
         return torch.autograd.grad(lse.mean() - picked.mean(), (hidden, weight))
 
-    first = gradients()
-    for _ in range(3):
-        assert all(map(torch.equal, gradients(), first))
+    assert_same_bits(gradients)
 
 
 def test_nothing_waits_for_the_gpu(mass, picks):
     hidden, weight = random(300, 64).requires_grad_(), random(1000, 64).requires_grad_()
     target = targets(1000, 300, picks)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         lse, picked = plain(hidden, weight, target, approximate_mass=mass)
         (lse.mean() - picked.mean()).backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_it_can_be_captured_into_a_cuda_graph(mass, picks):
@@ -128,18 +123,7 @@ def test_it_can_be_captured_into_a_cuda_graph(mass, picks):
         lse, picked = plain(hidden, weight, target, approximate_mass=mass)
         return torch.autograd.grad(lse.mean() - picked.mean(), (hidden, weight))
 
-    expected = step()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    for gradient in captured:
-        gradient.zero_()
-    graph.replay()
-    assert all(map(torch.equal, captured, expected))
+    assert_captured(step)
 
 
 @pytest.mark.parametrize("width", [128, 129], ids=["descriptors", "pointers"])

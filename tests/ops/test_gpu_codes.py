@@ -5,8 +5,8 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from on_a_gpu import BF16, FP32
-from test_gpu_loss import LEADS, SHAPES, eager_mean_loss, leaves_of, losses_and_gradients
+from on_a_gpu import FP32, assert_captured, assert_same_bits, nothing_waits
+from test_gpu_loss import LEADS, ROUNDING, SHAPES, in_three_ways, leaves_of, losses_and_gradients
 from test_gpu_loss import mean_loss as exact_mean_loss
 
 from cce_inductor.logit_map import LogitMap
@@ -48,18 +48,10 @@ def from_probabilities(hidden, weight, bias, target, logit_map):
 @pytest.mark.parametrize("lead", LEADS.values(), ids=LEADS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_gradients_from_codes_are_no_worse_than_eagers_but_for_the_codes(shape, lead, how):
-    *sizes, workspace = shape
-    logit_map = how.get("logit_map", "z")
-    *leaves, target = leaves_of(*sizes, lead, dtype=how.get("dtype", BF16))
-    doubles = [None if t is None else t.detach().to(BF16).double().requires_grad_() for t in leaves]
-    right = losses_and_gradients(eager_mean_loss, *doubles, target, logit_map=logit_map)
-    with torch.autocast("cuda", BF16):  # for eager
-        eagers = losses_and_gradients(eager_mean_loss, *leaves, target, logit_map=logit_map)
-    ours = losses_and_gradients(next_to_exact, *leaves, target, logit_map=logit_map, workspace_mib=workspace)
-    rounding = 2.0**-9  # of dz and of a result, where eager's are next to exact: uniform rows
-    parts = from_probabilities(*doubles, target, logit_map)
+    ours, eagers, right, doubles = in_three_ways(next_to_exact, shape, lead, how)
+    parts = from_probabilities(*doubles, how.get("logit_map", "z"))
     for mine, theirs, exact, part in zip(ours[1:], eagers[1:], right[1:], parts, strict=True):
-        most = (theirs.double() - exact).norm() + rounding * exact.norm() + CODE * part.norm()
+        most = (theirs.double() - exact).norm() + ROUNDING * exact.norm() + CODE * part.norm()
         assert (mine.double() - exact).norm() <= most
 
 
@@ -68,37 +60,19 @@ def test_gradients_from_codes_are_no_worse_than_eagers_but_for_the_codes(shape, 
 def test_gradients_from_codes_are_the_same_bits_every_run(shape, lead):
     *sizes, workspace = shape
     problem = leaves_of(*sizes, lead)
-    first = losses_and_gradients(mean_loss, *problem, workspace_mib=workspace)
-    garbage = [torch.full((2**26,), torch.nan, device="cuda") for _ in range(4)]  # to be found in memory
-    del garbage
-    for _ in range(3):
-        assert all(map(torch.equal, losses_and_gradients(mean_loss, *problem, workspace_mib=workspace), first))
+    assert_same_bits(lambda: losses_and_gradients(mean_loss, *problem, workspace_mib=workspace))
 
 
 def test_nothing_waits_for_the_gpu_in_the_forward_with_sparse_gradients():
     problem = leaves_of(1000, 20000, 128, 8.0)
     losses_and_gradients(mean_loss, *problem, workspace_mib=4)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         losses_and_gradients(mean_loss, *problem, workspace_mib=4)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_the_forward_with_sparse_gradients_can_be_captured_into_a_cuda_graph():
     problem = leaves_of(1000, 20000, 128, 8.0)
-    expected = losses_and_gradients(mean_loss, *problem, workspace_mib=4)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        losses_and_gradients(mean_loss, *problem, workspace_mib=4)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = losses_and_gradients(mean_loss, *problem, workspace_mib=4)
-    for result in captured:
-        result.zero_()
-    graph.replay()
-    assert all(map(torch.equal, captured, expected))
+    assert_captured(lambda: losses_and_gradients(mean_loss, *problem, workspace_mib=4))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from on_a_gpu import BF16, FP32, FP64, plain, random
+from on_a_gpu import BF16, FP32, FP64, assert_captured, assert_same_bits, nothing_waits, plain, random
 
 from cce_inductor.logit_map import LogitMap
 from cce_inductor.ops.library import scaled_loss
@@ -47,6 +47,7 @@ SHAPES = {  # (rows, vocab, width, workspace in MiB): several slices, some of th
     "pointers": (1000, 20001, 129, 8),
     "one slice": (1000, 5003, 128, 256),
 }
+ROUNDING = 2.0**-9  # of dz and of a result in bfloat16, where eager's are next to exact: uniform rows
 LEADS = {"uniform": 0.0, "soft": 8.0, "certain": 17.0}  # how much larger than others the logit of a target is
 
 
@@ -60,23 +61,28 @@ def leaves_of(rows, vocab, width, lead, masked=0.3, bias=False, dtype=BF16):
     return *(None if leaf is None else leaf.requires_grad_() for leaf in leaves), target
 
 
+def in_three_ways(loss, shape, lead, how):
+    """(losses and gradients of a loss in bfloat16, of eager under autocast, the exact ones; the exact operands)."""
+    *sizes, workspace = shape
+    logit_map = how.get("logit_map", "z")
+    *leaves, target = leaves_of(*sizes, lead, bias="bias" in how, dtype=how.get("dtype", BF16))
+    doubles = *(None if t is None else t.detach().to(BF16).double().requires_grad_() for t in leaves), target
+    exact = losses_and_gradients(eager_mean_loss, *doubles, logit_map=logit_map)
+    with torch.autocast("cuda", BF16):  # for eager
+        eagers = losses_and_gradients(eager_mean_loss, *leaves, target, logit_map=logit_map)
+    ours = losses_and_gradients(loss, *leaves, target, logit_map=logit_map, workspace_mib=workspace)
+    return ours, eagers, exact, doubles
+
+
 @pytest.mark.parametrize("how", [{}, {"logit_map": "30.0*tanh(z/30.0)"}, {"bias": True}, {"dtype": FP32}], ids=str)
 @pytest.mark.parametrize("lead", LEADS.values(), ids=LEADS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_gradients_from_kept_logits_are_no_worse_than_eagers(shape, lead, how):
-    *sizes, workspace = shape
-    logit_map = how.get("logit_map", "z")
-    *leaves, target = leaves_of(*sizes, lead, bias="bias" in how, dtype=how.get("dtype", BF16))
-    doubles = [None if t is None else t.detach().to(BF16).double().requires_grad_() for t in leaves]
-    exact = losses_and_gradients(eager_mean_loss, *doubles, target, logit_map=logit_map)
-    with torch.autocast("cuda", BF16):  # for eager
-        eagers = losses_and_gradients(eager_mean_loss, *leaves, target, logit_map=logit_map)
-    ours = losses_and_gradients(mean_loss, *leaves, target, logit_map=logit_map, workspace_mib=workspace)
-    rounding = 2.0**-9  # of dz and of a result, where eager's are next to exact: uniform rows
+    ours, eagers, exact, _ = in_three_ways(mean_loss, shape, lead, how)
     for mine, theirs, right in zip(ours[1:], eagers[1:], exact[1:], strict=True):
-        assert (mine.double() - right).norm() <= (theirs.double() - right).norm() + rounding * right.norm()
+        assert (mine.double() - right).norm() <= (theirs.double() - right).norm() + ROUNDING * right.norm()
     # a loss is the difference of two logits of about `lead + 5`, and tensor cores cut off after each 16 products
-    cut_off = sizes[2] / 16 * torch.finfo(FP32).eps * (lead + 5)
+    cut_off = shape[2] / 16 * torch.finfo(FP32).eps * (lead + 5)
     assert abs(ours[0] - exact[0]) <= abs(eagers[0] - exact[0]) + 2**-16 * exact[0].abs() + cut_off
 
 
@@ -84,39 +90,21 @@ def test_gradients_from_kept_logits_are_no_worse_than_eagers(shape, lead, how):
 def test_gradients_from_kept_logits_are_the_same_bits_every_run(shape):
     *sizes, workspace = shape
     problem = leaves_of(*sizes, 8.0, bias=True)
-    first = losses_and_gradients(mean_loss, *problem, workspace_mib=workspace)
-    garbage = [torch.full((2**26,), torch.nan, device="cuda") for _ in range(4)]  # to be found in memory
-    del garbage
-    for _ in range(3):
-        assert all(map(torch.equal, losses_and_gradients(mean_loss, *problem, workspace_mib=workspace), first))
+    assert_same_bits(lambda: losses_and_gradients(mean_loss, *problem, workspace_mib=workspace))
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 def test_nothing_waits_for_the_gpu_in_the_forward_with_gradients(dtype):
     problem = leaves_of(1000, 20000, 128, 8.0, dtype=dtype)
     losses_and_gradients(mean_loss, *problem, compute_dtype=dtype, workspace_mib=4)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         losses_and_gradients(mean_loss, *problem, compute_dtype=dtype, workspace_mib=4)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 def test_the_forward_with_gradients_can_be_captured_into_a_cuda_graph(dtype):
     problem = leaves_of(1000, 20000, 128, 8.0, dtype=dtype)
-    expected = losses_and_gradients(mean_loss, *problem, compute_dtype=dtype, workspace_mib=4)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        losses_and_gradients(mean_loss, *problem, compute_dtype=dtype, workspace_mib=4)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = losses_and_gradients(mean_loss, *problem, compute_dtype=dtype, workspace_mib=4)
-    for result in captured:
-        result.zero_()
-    graph.replay()
-    assert all(map(torch.equal, captured, expected))
+    assert_captured(lambda: losses_and_gradients(mean_loss, *problem, compute_dtype=dtype, workspace_mib=4))
 
 
 @pytest.mark.parametrize(
