@@ -14,6 +14,7 @@ from . import compat
 from .compat import CustomGraphPass
 from .graph.driver import rewrite_module
 from .graph.returned import LazyResults
+from .ops import scaling
 from .options import Options
 from .report import Report, publish
 from .verify import Verified, copy_of
@@ -51,6 +52,7 @@ def _compiled(inductor: Callable, gm: GraphModule, example_inputs: list[Any], op
     publish(report, options.on_refusal)
     if not report.rewritten:
         return inductor(gm, example_inputs)
+    scaling.compile_in_place()
     theirs = None if original is None else inductor(copy_of(original), example_inputs)
     config: Any = torch.compiler.config
     with config.patch(cache_key_tag=f"{config.cache_key_tag}cce_inductor={_source_hash().hex()}"):
@@ -104,6 +106,7 @@ class _PreGradPass(CustomGraphPass):
             self.previous(graph)
         module = graph.owning_module
         assert module is not None, "Inductor hands over the graph of a module"
+        scaling.compile_in_place()
         once = not compat.LOSES_SECOND_DERIVATIVES  # what the gradients need then is put around compiled code
         publish(rewrite_module(module, self.options, once=once), self.options.on_refusal)
 

@@ -52,6 +52,7 @@ __all__ = [
     "multiplies_in_hardware",
     "nn_functions",
     "refusing_second_derivatives",
+    "reuse_handed_over",
     "size_hint",
     "source_name",
     "statically_equal",
@@ -128,6 +129,29 @@ def compiled_alone(gm: torch.fx.GraphModule) -> Callable:
         return compiled
 
     return torch.compile(gm, backend=inductor, dynamic=True, fullgraph=True)
+
+
+@functools.cache
+def reuse_handed_over(op: OpOverload, in_place: OpOverload) -> None:
+    """Has Inductor compile the product `op(tensor, number)` to `in_place` if a forward saved the tensor for this alone.
+
+    Such memory it may write to (`torch._functorch.config.donated_buffer`). Other tensors it multiplies as ever.
+    """
+    from torch._inductor import ir, lowering
+    from torch._inductor.virtualized import V
+
+    def handed_over(tensor: Any) -> bool:
+        node: Any = V.graph.current_node.args[0]
+        buffer = getattr(getattr(tensor, "data", None), "data", None)
+        return isinstance(buffer, ir.DonatedBuffer) and buffer.layout.is_contiguous() and len(node.users) == 1
+
+    @lowering.register_lowering(op, type_promotion_kind=None)
+    def lower(tensor: Any, number: Any) -> Any:
+        if handed_over(tensor):
+            lowering.fallback_handler(in_place, add_to_fallback_set=False)(tensor, number)
+            return tensor
+        product = lowering.mul(lowering.to_dtype(tensor, number.get_dtype()), number)
+        return lowering.to_dtype(product, tensor.get_dtype())
 
 
 def around_inductor(hook: Callable[[Callable, Any, Any], Callable]) -> Callable[[], None]:

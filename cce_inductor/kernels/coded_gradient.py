@@ -8,15 +8,16 @@ For maps with the same slope everywhere. `kernels/sparse.py` computes the blocks
 import triton
 import triton.language as tl
 
-from .codes import load_shares
+from .codes import load_shares, place_of_codes
 from .pointwise import exp
 from .sparse import blocks_between
 from .tile import position_in_tile
 
 
-@triton.jit(do_not_specialize=["round_index", "first_kept", "last_kept", "num_rows", "ignore_index"])
+@triton.jit(do_not_specialize=["round_index", "first_apart", "last_kept", "num_rows", "ignore_index"])
 def coded_gradient_kernel(
-    codes,  # [tiles, N, BLOCK_V], uint8, of the tiles from first_kept to last_kept
+    codes,  # [tiles, N, BLOCK_V], uint8, of the tiles up to first_apart
+    codes_apart,  # the same of those from first_apart on
     tile_lse,  # [all tiles, N]
     target,  # [N]
     lse,  # [N]
@@ -28,8 +29,8 @@ def coded_gradient_kernel(
     list_start,
     round_tiles,
     round_index,
-    first_kept,
-    last_kept,
+    first_apart,
+    last_kept,  # the first tile without codes
     num_rows,
     ignore_index,
     slope,
@@ -42,24 +43,24 @@ def coded_gradient_kernel(
 ):
     PIECES: tl.constexpr = SLOT // BLOCK_N
     begin, end = tl.load(round_tiles + round_index), tl.load(round_tiles + round_index + 1)
-    _, _, dense_slots, dense_blocks, round_slot, _ = blocks_between(list_start, begin, end)
-    here = tl.minimum(tl.maximum(begin, first_kept), end)
-    first_tile, _, _, dense_here, first_slot, own_here = blocks_between(list_start, here, tl.minimum(end, last_kept))
+    _, _, dense_slots, dense_blocks, _, _ = blocks_between(list_start, begin, end)
+    _, _, _, dense_here, first_slot, own_here = blocks_between(list_start, begin, tl.minimum(end, last_kept))
     for work in tl.range(tl.program_id(0), (dense_here + own_here) * PIECES, NUM_PROGRAMS):
         index = work // PIECES
         if index < dense_here:
             slot = index % dense_slots
-            tile = first_tile + index // dense_slots
-            block = index + (first_tile - begin) * dense_slots
+            tile = begin + index // dense_slots
+            block = index
         else:
             slot = first_slot + index - dense_here
             tile = tl.load(slot_tile + slot)
-            block = dense_blocks + slot - round_slot
+            block = dense_blocks + slot - first_slot
         piece = (work % PIECES) * BLOCK_N + tl.arange(0, BLOCK_N)
         listed = tl.load(slot_rows + slot.to(tl.int64) * SLOT + piece)
         row_mask = listed >= 0
         rows = tl.maximum(listed, 0)
-        shares = load_shares(codes, tile - first_kept, rows, row_mask, num_rows, BLOCK_V)
+        kept, tile_there = place_of_codes(codes, codes_apart, first_apart, tile)
+        shares = load_shares(kept, tile_there, rows, row_mask, num_rows, BLOCK_V)
         mass = exp(tl.load(tile_lse + tile.to(tl.int64) * num_rows + rows) - tl.load(lse + rows))
         dx = shares * (mass * tl.load(grad_lse + rows))[:, None]
         if HAS_TARGET:

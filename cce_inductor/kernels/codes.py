@@ -34,6 +34,13 @@ def store_codes(
 
 
 @triton.jit
+def place_of_codes(codes, codes_apart, first_apart, tile):
+    """(pointer to the first of the tiles that are together with one, which of them it is)."""
+    apart = tile >= first_apart
+    return tl.where(apart, codes_apart, codes), tl.where(apart, tile - first_apart, tile)
+
+
+@triton.jit
 def load_shares(
     codes,  # of the first of the tiles that are kept
     tile,

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from .pointwise import exp
+from .tile import gather_rows
 from .tops import column_of, number_of
 
 
@@ -80,6 +81,30 @@ def lists_kernel(
     if (top < 0) & (tile >= 0):
         places = tl.arange(0, ROW_BLOCKS)
         tl.store(slot_tile + start + places, tl.zeros((ROW_BLOCKS,), dtype=tl.int32) + tile, mask=places < slots)
+
+
+@triton.jit
+def dense_rows_kernel(
+    hidden,  # [N, D]
+    slot_rows,
+    list_start,
+    dense_hidden,  # [slots * BLOCK_N, D], contiguous
+    width,
+    stride_hn,
+    stride_hd,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A program copies the hidden states of a slot if it is one of the dense rows'."""
+    slot = tl.program_id(0)
+    if slot < tl.load(list_start + 1):
+        places = slot * BLOCK_N + tl.arange(0, BLOCK_N)
+        rows = tl.maximum(tl.load(slot_rows + places), 0)
+        for depth in range(0, width, BLOCK_D):
+            depths = depth + tl.arange(0, BLOCK_D)
+            h = gather_rows(hidden, rows, depth, width, stride_hn, stride_hd, BLOCK_D)
+            offsets = places[:, None].to(tl.int64) * width + depths[None, :]
+            tl.store(dense_hidden + offsets, h, mask=(depths < width)[None, :])
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_tiles"])

@@ -6,34 +6,80 @@
 
 With a scale s that is large where a row skips the tile, share is the mean of what is skipped. It sums to one over a
 tile (where f' is one). A token without probability anywhere gets none here, so its row of the weight is left in peace.
-The same pass over the weight finds its largest absolute value, which `kernels/sparse.py` needs.
+Codes that the forward kept (`codes.py`) tell p without a product.
 """
 
 import triton
 import triton.language as tl
 
+from .codes import load_shares, place_of_codes
 from .pointwise import exp
-from .tile import load_block, preactivations
+from .tile import preactivations
+from .tops import column_of
 
 EVERYWHERE = tl.constexpr(2.0**-10)  # how much a row counts for the share of a tile that it does not skip
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_columns", "num_tiles"])
+@triton.jit(do_not_specialize=["num_rows", "number"])
+def sample_kernel(
+    grad_lse,  # [N]
+    places,  # [N], int32: the rows that have a gradient, in order
+    sample,  # [number], int32
+    num_rows,
+    number,
+    NUMBER: tl.constexpr,  # a power of two, at least `number`
+    ROWS: tl.constexpr,  # at a time
+):
+    """One program takes rows that have a gradient, evenly spaced among these; any rows if there is none."""
+    found = 0
+    for row in range(0, num_rows, ROWS):
+        rows = row + tl.arange(0, ROWS)
+        has_gradient = tl.load(grad_lse + rows, mask=rows < num_rows, other=0.0) != 0.0
+        here = has_gradient.to(tl.int32)
+        tl.store(places + found + tl.cumsum(here, 0) - 1, rows, mask=has_gradient)
+        found += tl.sum(here, 0)
+    tl.debug_barrier()  # other threads of the program wrote what is read now
+    index = tl.arange(0, NUMBER)
+    wanted = ((2 * index.to(tl.int64) + 1) * found // (2 * number)).to(tl.int32)
+    chosen = tl.load(places + wanted, mask=index < number, other=0)
+    tl.store(sample + index, tl.where(found > 0, chosen, 0), mask=index < number)
+
+
+@triton.jit
+def _of_sample(
+    sample, grad_lse, skipped_mass, active, tile_top, first, number, tile, num_rows, num_tiles,
+    BLOCK_N: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """(rows, which there are, their scales, the place in the tile of the token that each does not skip or -1)."""
+    index = first + tl.arange(0, BLOCK_N)
+    mask = index < number
+    rows = tl.load(sample + index, mask=mask, other=0)
+    here = tl.cast(tile, tl.int64) * num_rows + rows
+    skips = tl.load(skipped_mass + here, mask=mask, other=0.0) != 0.0
+    scale = tl.abs(tl.load(grad_lse + rows, mask=mask, other=0.0)) * tl.where(skips, 1.0 + EVERYWHERE, EVERYWHERE)
+    is_top = tl.load(active + (1 + num_tiles.to(tl.int64)) * num_rows + here, mask=mask, other=0) != 0
+    top = tl.where(is_top, column_of(tl.load(tile_top + here, mask=mask, other=0), TILE), -1)
+    return rows, mask, scale, top
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_columns", "num_tiles", "number", "first_left"])
 def share_kernel(
-    hidden,  # TMA descriptor or pointer, [S, D], the sampled rows
+    sampled_hidden,  # TMA descriptor or pointer, [number, D]: the hidden states of the sample
     weight,  # TMA descriptor or pointer, [V, D]
     bias,  # [V]
-    lse,  # [S]
-    grad_lse,  # [S]
-    skipped_mass,  # [tiles, S]
-    top_column,  # [tiles, S], int32: the place in the tile of the token that is not skipped, or -1
+    sample,  # [number], int32
+    lse,  # [N]
+    grad_lse,  # [N]
+    skipped_mass,  # [tiles, N]
+    active,  # [1 + 2 * tiles, N], bool: dense rows, active pairs, tops
+    tile_top,  # [tiles, N], int32
     skips,  # [tiles], bool: whether any row skips the tile
     share,  # [V]
-    skipped_weight,  # [tiles, D]
-    weight_peak,  # one int32, zero before: the bits of the largest |weight|, a float32
-    num_rows,  # S
+    num_rows,
     num_columns,  # V
     num_tiles,
+    number,
+    first_left,  # the first tile that is left to this kernel
     width,
     stride_hn,
     stride_hd,
@@ -45,47 +91,104 @@ def share_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    NUM_STAGES: tl.constexpr,  # of the second loop, which multiplies nothing: the compiler would not pipeline it
     NUM_PROGRAMS: tl.constexpr,
 ):
-    # the bits of floats that are not negative, nan among them, are in order as integers
-    peak = tl.zeros((BLOCK_V,), dtype=tl.int32)
-    for tile in tl.range(tl.program_id(0), num_tiles, NUM_PROGRAMS):
+    """share of the tiles from one on."""
+    for tile in tl.range(first_left + tl.program_id(0), num_tiles, NUM_PROGRAMS):
         column = tile * BLOCK_V
         columns = column + tl.arange(0, BLOCK_V)
         column_mask = columns < num_columns
         mass = tl.zeros((BLOCK_V,), dtype=tl.float32)
         force = tl.zeros((BLOCK_V,), dtype=tl.float32)
-        sampled = tl.where(tl.load(skips + tile), num_rows, 0)
-        for row in range(0, sampled, BLOCK_N):
-            rows = row + tl.arange(0, BLOCK_N)
-            row_mask = rows < num_rows
+        for first in range(0, tl.where(tl.load(skips + tile), number, 0), BLOCK_N):
             z = preactivations(
-                hidden, weight, bias, row, column, num_rows, num_columns, width,
+                sampled_hidden, weight, bias, first, column, number, num_columns, width,
                 stride_hn, stride_hd, stride_wv, stride_wd, HAS_BIAS, USE_TMA, BLOCK_N, BLOCK_V, BLOCK_D,
             )  # fmt: skip
             x, slope = VALUE_AND_SLOPE(z)
+            rows, row_mask, scale, top = _of_sample(
+                sample, grad_lse, skipped_mass, active, tile_top, first, number, tile, num_rows, num_tiles,
+                BLOCK_N, BLOCK_V,
+            )  # fmt: skip
             row_lse = tl.load(lse + rows, mask=row_mask, other=float("inf"))
-            skipped = tl.load(skipped_mass + tile * num_rows + rows, mask=row_mask, other=0.0)
-            scale = tl.abs(tl.load(grad_lse + rows, mask=row_mask, other=0.0))
-            scale = scale * tl.where(skipped != 0.0, 1.0 + EVERYWHERE, EVERYWHERE)
             p = exp(x - row_lse[:, None]) * scale[:, None]
-            top = tl.load(top_column + tile * num_rows + rows, mask=row_mask, other=-1)
             counts = column_mask[None, :] & (tl.arange(0, BLOCK_V)[None, :] != top[:, None])
             p = tl.where(counts, p, 0.0)
             mass += tl.sum(p, 0)
             force += tl.sum(p * slope, 0)
         tile_mass = tl.sum(mass, 0)
-        spread = tl.where(tile_mass > 0.0, force / tile_mass, 0.0)
-        tl.store(share + columns, spread, mask=column_mask)
-        for depth in tl.range(0, width, BLOCK_D, num_stages=NUM_STAGES):
-            if USE_TMA:
-                w = weight.load([column, depth])
-            else:
-                w = load_block(weight, column, depth, num_columns, width, stride_wv, stride_wd, BLOCK_V, BLOCK_D)
-            w = w.to(tl.float32)
-            depths = depth + tl.arange(0, BLOCK_D)
-            sums = tl.sum(w * spread[:, None], 0).to(skipped_weight.dtype.element_ty)
-            tl.store(skipped_weight + tl.cast(tile, tl.int64) * width + depths, sums, mask=depths < width)
-            peak = tl.maximum(peak, tl.max(tl.abs(w).to(tl.int32, bitcast=True), 1))
-    tl.atomic_max(weight_peak, tl.max(peak, 0), sem="relaxed")
+        tl.store(share + columns, tl.where(tile_mass > 0.0, force / tile_mass, 0.0), mask=column_mask)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_columns", "num_tiles", "number", "first_apart"])
+def coded_share_kernel(
+    codes,
+    codes_apart,
+    sample,  # [number], int32
+    tile_lse,  # [tiles, N]
+    lse,  # [N]
+    grad_lse,  # [N]
+    skipped_mass,  # [tiles, N]
+    active,  # [1 + 2 * tiles, N], bool: dense rows, active pairs, tops
+    tile_top,  # [tiles, N], int32
+    skips,  # [tiles], bool: whether any row skips the tile
+    share,  # [V]
+    num_rows,
+    num_columns,  # V
+    num_tiles,
+    number,
+    first_apart,
+    slope,  # f', the same everywhere
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """A program writes share of a tile that has codes."""
+    tile = tl.program_id(0)
+    kept, tile_there = place_of_codes(codes, codes_apart, first_apart, tile)
+    mass = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
+    for first in range(0, tl.where(tl.load(skips + tile), number, 0), BLOCK_N):
+        rows, row_mask, scale, top = _of_sample(
+            sample, grad_lse, skipped_mass, active, tile_top, first, number, tile, num_rows, num_tiles,
+            BLOCK_N, BLOCK_V,
+        )  # fmt: skip
+        shares = load_shares(kept, tile_there, rows, row_mask, num_rows, BLOCK_V)
+        scale = scale * exp(tl.load(tile_lse + tile.to(tl.int64) * num_rows + rows) - tl.load(lse + rows))
+        mass += tl.where(tl.arange(0, BLOCK_V)[None, :] != top[:, None], shares * scale[:, None], 0.0)
+    of_column = tl.sum(mass, 0)
+    tile_mass = tl.sum(of_column, 0)
+    columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    spread = tl.where(tile_mass > 0.0, of_column * slope / tile_mass, 0.0)
+    tl.store(share + columns, spread, mask=columns < num_columns)
+
+
+@triton.jit(do_not_specialize=["num_columns"])
+def skipped_weight_kernel(
+    weight,  # [V, D]
+    share,  # [V]
+    skipped_weight,  # [tiles, D]
+    weight_peak,  # one int32, zero before: the bits of the largest |weight|, a float32
+    num_columns,  # V
+    width,
+    stride_wv,
+    stride_wd,
+    TILE_WIDTH: tl.constexpr,
+    BLOCK_V: tl.constexpr,  # columns of the tile at a time
+    BLOCK_D: tl.constexpr,
+):
+    """A program writes BLOCK_D columns of a row. The largest number of the weight bounds sums in fixed point."""
+    depth_blocks = tl.cdiv(width, BLOCK_D)
+    tile = tl.program_id(0) // depth_blocks
+    depths = (tl.program_id(0) % depth_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = tl.zeros((BLOCK_V, BLOCK_D), dtype=tl.float32)
+    largest = tl.zeros((BLOCK_V, BLOCK_D), dtype=tl.int32)
+    for first in range(0, TILE_WIDTH, BLOCK_V):
+        columns = tile * TILE_WIDTH + first + tl.arange(0, BLOCK_V)
+        mask = (columns < num_columns)[:, None] & (depths < width)[None, :]
+        offsets = columns[:, None].to(tl.int64) * stride_wv + depths[None, :].to(tl.int64) * stride_wd
+        w = tl.load(weight + offsets, mask=mask, other=0.0).to(tl.float32)
+        total += w * tl.load(share + columns, mask=columns < num_columns, other=0.0)[:, None]
+        # the bits of floats that are not negative, nan among them, are in order as integers
+        largest = tl.maximum(largest, tl.abs(w).to(tl.int32, bitcast=True))
+    sums = tl.sum(total, 0).to(skipped_weight.dtype.element_ty)
+    tl.store(skipped_weight + tile.to(tl.int64) * width + depths, sums, mask=depths < width)
+    tl.atomic_max(weight_peak, tl.max(tl.max(largest, 1), 0), sem="relaxed")

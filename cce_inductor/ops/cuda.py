@@ -16,6 +16,7 @@ from ..kernels import template
 from ..kernels.backward import gradient_kernel
 from ..kernels.config import TileConfig, kept_config, tile_config
 from ..kernels.forward import forward_kernel
+from ..kernels.log_sum import log_sum_kernel
 from ..kernels.picked import picked_kernel
 from ..kernels.targets import targets_kernel
 from . import cpu, sparse, stored
@@ -28,6 +29,7 @@ from .problem import LEAST_LOG, Problem, Reductions, RowGradients, Tiles, spans
 
 COLUMN_MULTIPLE = 256  # vocabulary slices are multiples of the widest tile
 NARROWEST_SLICE = 8 * COLUMN_MULTIPLE  # below this, the matmuls of the backward would be short of work
+LOG_SUM_TILES, LOG_SUM_ROWS = 64, 32  # of a program at a time: a line of the cache of each tile
 BAD_TARGET = "cce_inductor: a target lies outside [0, vocabulary size) and is not ignore_index"
 
 
@@ -185,7 +187,7 @@ class _TileResults:
             """What the kernel left out is not a result."""
             return vector if counts is None else torch.where(counts, vector, otherwise)
 
-        lse = torch.logsumexp(self.lse, 0)
+        lse = self._log_sum(problem)
         total, (picked, maximum, entropy) = torch.zeros_like(lse), (problem.zeros(0) for _ in range(3))
         argmax = maximum.long()
         if self.total is not None:
@@ -195,9 +197,25 @@ class _TileResults:
             maximum, argmax = counted(maximum, 0.0), counted(argmax, 0)
         if self.entropy is not None:
             entropy = counted(_entropy(self.lse - lse, self.entropy), 0.0)
-        lse = counted(lse, float("inf"))
         records = problem.tiles(0) if self.top is None else Tiles(self.lse, self.top)
         return Reductions(lse, picked, total, maximum, argmax, entropy, torch.zeros_like(lse), *records)
+
+    def _log_sum(self, problem: Problem) -> Tensor:
+        """Of all tiles; +inf where the kernel left a row out."""
+        tiles, rows = self.lse.shape
+        lse = self.lse.new_empty(rows)
+        log_sum_kernel[(-(-rows // LOG_SUM_ROWS),)](
+            tile_lse=self.lse,
+            target=problem.target,
+            lse=lse,
+            num_rows=rows,
+            num_tiles=tiles,
+            ignore_index=problem.ignore_index or 0,
+            SOME_ROWS=problem.leaves_out,
+            TILES=LOG_SUM_TILES,
+            ROWS=LOG_SUM_ROWS,
+        )
+        return lse
 
 
 def _entropy(log_mass: Tensor, tile_entropy: Tensor) -> Tensor:

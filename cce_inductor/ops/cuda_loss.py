@@ -58,6 +58,6 @@ def approximate(problem: Problem, coefficient: Tensor, needs_grad: list[bool]) -
 
 def _loss_and_row_gradients(problem: Problem, results: Reductions, coefficient: Tensor) -> tuple[Tensor, RowGradients]:
     losses = coefficient * (results.lse - results.picked)
-    if problem.counts is not None:
-        coefficient, losses = (torch.where(problem.counts, vector, 0.0) for vector in (coefficient, losses))
+    if (counts := problem.counts) is not None:
+        coefficient, losses = (torch.where(counts, vector, 0.0) for vector in (coefficient, losses))
     return losses.sum(), RowGradients(coefficient, -coefficient, torch.zeros_like(coefficient))

@@ -127,6 +127,20 @@ class KeptTiles:
             bytes_apart=apart * size,
         )
 
+    @property
+    def first_left(self) -> int:
+        """The first tile that is not kept."""
+        return self.places[-1].tiles[1] if self.places else 0
+
+    def code_arguments(self) -> dict[str, Any]:
+        """How kernels that read codes are told of those places."""
+        first, last = self.places[0], self.places[-1]
+        return {
+            "codes": first.logits,
+            "codes_apart": last.logits,
+            "first_apart": last.tiles[0] if last is not first else self.first_left,
+        }
+
     def parts(self, rows: slice, columns: slice) -> Iterator[tuple[slice, Place | None]]:
         """(columns, where their logits of the rows are) of a slice that begins with a tile; None for those not kept."""
         start = columns.start

@@ -1,6 +1,7 @@
 """Launches of kernels, and what they depend on beside their problem: the device, and how operands can be loaded."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -163,12 +164,17 @@ class Rounds:
     def __init__(self, kernel: Any, programs: int, **arguments: Any) -> None:
         """arguments: all but round_index, which the kernel must list in do_not_specialize."""
         self._kernel, self._programs, self._arguments = kernel, programs, arguments
-        self._compiled: Any = None
+        self._launch: Callable | None = None
+        self._in_order: list[Any] = []
 
     def __call__(self, round_index: int) -> None:
         """Launches the kernel for a round."""
+        if self._launch is not None:
+            self._in_order[self._kernel.arg_names.index("round_index")] = round_index
+            self._launch(*self._in_order)
+            return
         arguments = {**self._arguments, "round_index": round_index}
-        if isinstance(self._compiled, triton.compiler.CompiledKernel):
-            self._compiled[self._programs, 1, 1](*(arguments[name] for name in self._kernel.arg_names))
-        else:  # the first time, and always in Triton's interpreter
-            self._compiled = self._kernel[(self._programs,)](**arguments)
+        compiled = self._kernel[(self._programs,)](**arguments)
+        if isinstance(compiled, triton.compiler.CompiledKernel):  # not in Triton's interpreter
+            self._launch = compiled[self._programs, 1, 1]
+            self._in_order = [arguments[name] for name in self._kernel.arg_names]

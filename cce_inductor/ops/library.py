@@ -38,6 +38,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ..logit_map import LogitMap
 from . import cpu, cuda, in_forward
 from .problem import Problem, Reductions, RowGradients, Tiles, accumulate_dtype, check
+from .scaling import scaled
 
 NAMESPACE = "cce_inductor"
 
@@ -318,26 +319,21 @@ class _Scaled(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, scale: Tensor, *_: Tensor | None) -> Tensor:
-        return _times(grad, scale)
+        return scaled(grad, scale)
 
     backward = staticmethod(_no_double_backward)
-
-
-def _times(grad: Tensor, scale: Tensor) -> Tensor:
-    """In the dtype of the gradient; the number is not rounded to it before."""
-    return (grad.to(scale.dtype) * scale).to(grad.dtype)
 
 
 def _scale_gradients(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple:
     saved = ctx.saved_tensors
     inputs, grads = saved[:3], saved[3:]
-    scaled = (
-        (_Scaled.apply(grad, grad_loss, *inputs) if torch.is_grad_enabled() else _times(grad, grad_loss))
+    results = (
+        (_Scaled.apply(grad, grad_loss, *inputs) if torch.is_grad_enabled() else scaled(grad, grad_loss))
         if needed
         else None
         for grad, needed in zip(grads, ctx.needs_input_grad[:3], strict=True)
     )
-    return *scaled, None, None
+    return *results, None, None
 
 
 torch.library.register_autograd(

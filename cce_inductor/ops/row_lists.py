@@ -77,12 +77,6 @@ class Active:
         )
         return active
 
-    def top_columns(self, tiles: Tiles, rows: Tensor, tile_width: int) -> Tensor:
-        """[tiles, S], int32: the place in its tile of what is computed alone of some rows [S], or -1."""
-        count = len(tiles.lse)
-        tops = self.pairs[1 + count :, rows]
-        return torch.where(tops, tiles.top[:, rows] & (tile_width - 1), -1)
-
 
 @dataclass(frozen=True)
 class RowLists:

@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from ..kernels.coded_gradient import coded_gradient_kernel
-from ..kernels.share import share_kernel
+from ..kernels.lists import dense_rows_kernel
 from ..kernels.sparse import (
     block_gradient_kernel,
     complete_hidden_kernel,
@@ -25,15 +25,15 @@ from ..kernels.sparse import (
     weight_gradient_kernel,
 )
 from ..kernels.top_gradient import top_hidden_kernel, top_weight_kernel
-from .kept_tiles import KeptTiles, Place
+from . import shares
+from .kept_tiles import KeptTiles
 from .launch import Rounds, ignore_arguments, l2_cache_bytes
-from .problem import Problem, RowGradients, Tiles, evenly_spaced
+from .problem import Problem, RowGradients, Tiles
 from .row_lists import Active, RowLists, Skipped
 from .sparse_operands import SparseOperands
 from .sparse_rounds import blocks_of_a_round
 
 LEAST_FLOPS = 10**12  # of the logits, one to two milliseconds: as long as the host takes to start the kernels
-SAMPLED_ROWS = 128  # from which the share of each token in its tile is estimated
 WARP_COLUMNS = 256  # 16 bytes of a row for each lane; where rows are narrower, lanes share columns
 TOKEN_NUMBERS = 8192  # of rows of the weight that a program keeps in registers
 _compensates = True
@@ -74,10 +74,9 @@ def backward(
     grad_hidden, grad_bias = (problem.hidden.new_empty(0) for _ in range(2))
     if grad_weight is None:
         grad_weight = problem.weight.new_empty(problem.weight.shape if needs_grad[1] else 0)
-    kernels = [sparse.coded_blocks(place) for place in kept.places]
-    first_left = kept.places[-1].tiles[1] if kept.places else 0
-    if first_left < sparse.tiles:
-        kernels.append(sparse.blocks(first_left))
+    kernels = [sparse.coded_blocks()] if kept.places else []
+    if kept.first_left < sparse.tiles:
+        kernels.append(sparse.blocks())
     if needs_grad[1]:
         kernels += [sparse.begin_weight(grad_weight), sparse.weight_gradient(grad_weight)]
     if needs_grad[0]:
@@ -122,7 +121,7 @@ class _SparseBackward(SparseOperands):
         super().__init__(problem)
         self.lse, self.grad_lse, self.grad_picked = lse, grad_lse, grad_picked
         block_n, block_v = self.config.block_n, self.config.block_v
-        self.tile_lse, self.tiles = tiles.lse, len(tiles.lse)
+        self.tile_lse, self.tiles, self.kept = tiles.lse, len(tiles.lse), kept
         blocks = blocks_of_a_round(problem, self.config, self.products, self.processors, kept.bytes_apart)
         part = self.products.part
         active = Active.of(problem, lse, tiles, grad_lse, grad_picked, block_v, part, tops=_compensates)
@@ -130,40 +129,30 @@ class _SparseBackward(SparseOperands):
         self.skipped = Skipped.of(problem, lse, tiles, grad_lse, active, block_v)
         if not _compensates:
             self.skipped.mass.zero_()
-        # the hidden states of the dense rows, as they are listed; what comes after them is not read
-        dense_slots = -(-problem.num_rows // block_n)  # should all be dense
-        self.dense_hidden = self.hidden[self.lists.slot_rows[: dense_slots * block_n].clamp(0, problem.num_rows - 1)]
-        self._estimate_shares(active, tiles)
+        self.dense_hidden = self._dense_hidden()
+        self.share = shares.of_columns(self, self.kept, lse, grad_lse, active, tiles, self.skipped)
+        self.skipped_weight, self.weight_peak = shares.of_weight(self, self.share)
         self._compute_tops(active, want_hidden)
         del active  # the workspace takes its memory
         self.dz = self.hidden.new_empty(blocks * block_n, block_v)
 
-    def _estimate_shares(self, active: Active, tiles: Tiles) -> None:
-        """How a tile's skipped mass is spread over its columns, from some of the rows."""
-        problem, config = self.problem, self.config
-        sample = evenly_spaced(self.grad_lse != 0, min(SAMPLED_ROWS, problem.num_rows))
-        hidden = self.hidden[sample]
-        self.share = torch.empty(problem.vocab_size, dtype=torch.float32, device=hidden.device)
-        self.skipped_weight = hidden.new_empty(self.tiles, problem.width, dtype=problem.compute_dtype)
-        self.weight_peak = torch.zeros(1, dtype=torch.int32, device=hidden.device)
-        share_kernel[(min(self.tiles, self.processors),)](
-            **self.logits(),
-            hidden=self.blocks_of(hidden, config.block_n, config.block_d),
-            lse=self.lse[sample],
-            grad_lse=self.grad_lse[sample],
-            skipped_mass=self.skipped.mass[:, sample],
-            top_column=active.top_columns(tiles, sample, config.block_v),
-            skips=self.skipped.anything,
-            share=self.share,
-            skipped_weight=self.skipped_weight,
-            weight_peak=self.weight_peak,
-            num_rows=hidden.shape[0],
-            num_tiles=self.tiles,
-            stride_hn=hidden.stride(0),
-            stride_hd=hidden.stride(1),
-            NUM_STAGES=config.num_stages,
-            NUM_PROGRAMS=self.processors,
+    def _dense_hidden(self) -> Tensor:
+        """The hidden states of the dense rows, as they are listed; what comes after them is not read."""
+        block_n = self.config.block_n
+        slots = -(-self.problem.num_rows // block_n)  # should all be dense
+        dense_hidden = self.hidden.new_empty(slots * block_n, self.problem.width)
+        dense_rows_kernel[(slots,)](
+            hidden=self.hidden,
+            slot_rows=self.lists.slot_rows,
+            list_start=self.lists.list_start,
+            dense_hidden=dense_hidden,
+            width=self.problem.width,
+            stride_hn=self.hidden.stride(0),
+            stride_hd=self.hidden.stride(1),
+            BLOCK_N=block_n,
+            BLOCK_D=self.config.block_d,
         )
+        return dense_hidden
 
     def _compute_tops(self, active: Active, want_hidden: bool) -> None:
         """The tokens that are computed alone. Their part of the hidden states' gradient begins its sums."""
@@ -208,26 +197,21 @@ class _SparseBackward(SparseOperands):
         not get the same bits if their own products were fused with the additions, and so not be rounded."""
         return self.hidden.stride(1) == self.weight.stride(1) == 1 and block_d >= WARP_COLUMNS
 
-    def coded_blocks(self, place: Place) -> Rounds:
-        """dz of the blocks of a round into the workspace, of those tiles whose codes are in a place."""
-        problem = self.problem
-        affine = problem.logit_map.affine()
-        assert affine is not None
+    def coded_blocks(self) -> Rounds:
+        """dz of the blocks of a round into the workspace, of the tiles that have codes."""
         config = self.coded_config
-        first_kept, last_kept = place.tiles
         return Rounds(
             coded_gradient_kernel,
             self.processors * config.programs,
-            codes=place.logits,
+            **self.kept.code_arguments(),
             tile_lse=self.tile_lse,
             **self._rows(),
             **self._targets(),
             dz=self.dz,
             slot_tile=self.lists.slot_tile,
-            first_kept=first_kept,
-            last_kept=last_kept,
-            num_rows=problem.num_rows,
-            slope=affine[0],
+            last_kept=self.kept.first_left,
+            num_rows=self.problem.num_rows,
+            slope=self.slope(),
             SLOT=self.config.block_n,
             BLOCK_N=config.block_n,
             BLOCK_V=config.block_v,
@@ -236,8 +220,8 @@ class _SparseBackward(SparseOperands):
             **self._lists(config.programs),
         )
 
-    def blocks(self, first_left: int) -> Rounds:
-        """dz of the blocks of a round into the workspace, of the tiles from one on."""
+    def blocks(self) -> Rounds:
+        """dz of the blocks of a round into the workspace, of the other tiles."""
         config = self.config
         return Rounds(
             block_gradient_kernel,
@@ -249,7 +233,7 @@ class _SparseBackward(SparseOperands):
             **self._targets(),
             dz=self.blocks_of(self.dz, config.block_n, config.block_v),
             slot_tile=self.lists.slot_tile,
-            first_left=first_left,
+            first_left=self.kept.first_left,
             stride_hn=self.hidden.stride(0),
             stride_hd=self.hidden.stride(1),
             **self._lists(),

@@ -15,7 +15,7 @@ from test_scaled_loss import make as make_loss
 from test_sparse import TILE_WIDTH, backward, make, recorded
 
 from cce_inductor.kernels.config import HOPPER_BACKWARD, HOPPER_PRODUCT
-from cce_inductor.ops import cuda, cuda_loss, fallback, row_lists, sparse
+from cce_inductor.ops import cuda, cuda_loss, fallback, row_lists, shares, sparse
 from cce_inductor.ops.kept_tiles import KeptTiles
 from cce_inductor.ops.problem import MIB, Problem
 from cce_inductor.ops.sparse_rounds import FEW_ROUNDS, MOST_ROUNDS, blocks_of_a_round, room_for_codes
@@ -32,7 +32,8 @@ NEVER = 2.0**-15.8  # what is smaller than this times the largest of its tile ma
 
 @pytest.fixture(autouse=True)
 def _few_sampled_rows(monkeypatch):
-    monkeypatch.setattr(sparse, "SAMPLED_ROWS", 16)
+    for name in ("SAMPLED_ROWS", "SAMPLED_CODES"):
+        monkeypatch.setattr(shares, name, 16)
 
 
 # ------------------------------------------------------------------------------------------------------------ layout

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cce_inductor.compat import FakeTensorMode
 from cce_inductor.kernels import active as active_rules
-from cce_inductor.ops import cuda, row_lists, sparse
+from cce_inductor.ops import cuda, row_lists, shares, sparse
 from cce_inductor.ops.kept_tiles import KeptTiles
 from cce_inductor.ops.library import vocab_reductions
 from cce_inductor.ops.problem import Problem, Reductions, Tiles, evenly_spaced
@@ -25,7 +25,8 @@ if not INTERPRETED:
 
 @pytest.fixture(autouse=True)
 def _few_sampled_rows(monkeypatch):
-    monkeypatch.setattr(sparse, "SAMPLED_ROWS", 16)
+    for name in ("SAMPLED_ROWS", "SAMPLED_CODES"):
+        monkeypatch.setattr(shares, name, 16)
 
 
 def make(rows, vocab, width, **options):
@@ -123,7 +124,7 @@ def specified(case, problem, lse, tiles, dense_share):
     computed = active[tile_of].T | (torch.arange(x.shape[1]) % TILE_WIDTH == top_of[tile_of].T)
     rest = torch.where(computed, 0.0, p)  # of rows and columns
 
-    sample = evenly_spaced(case.grads[0] != 0, min(sparse.SAMPLED_ROWS, case.rows))
+    sample = evenly_spaced(case.grads[0] != 0, min(shares.SAMPLED_ROWS, case.rows))
     weights = grads[0][sample, None].abs() * torch.where(active[tile_of].T[sample], 2.0**-10, 1 + 2.0**-10)
     weights = weights * torch.where(torch.arange(x.shape[1]) % TILE_WIDTH == top_of[tile_of].T, 0.0, 1.0)[sample]
     in_tile = torch.nn.functional.one_hot(tile_of).double()  # [V, tiles]
