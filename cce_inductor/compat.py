@@ -142,8 +142,9 @@ def reuse_handed_over(op: OpOverload, in_place: OpOverload) -> None:
 
     def handed_over(tensor: Any) -> bool:
         node: Any = V.graph.current_node.args[0]
-        buffer = getattr(getattr(tensor, "data", None), "data", None)
-        return isinstance(buffer, ir.DonatedBuffer) and buffer.layout.is_contiguous() and len(node.users) == 1
+        buffer: Any = getattr(getattr(tensor, "data", None), "data", None)
+        donated = isinstance(buffer, ir.DonatedBuffer)
+        return donated and buffer.get_layout().is_contiguous() and len(node.users) == 1
 
     @lowering.register_lowering(op, type_promotion_kind=None)
     def lower(tensor: Any, number: Any) -> Any:

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .pointwise import exp
-from .tops import column_of, number_of
+from .tops import column_of, number_of, with_column
 
 LEAST_SHARE = tl.constexpr(0.25)  # of its tile, that the heaviest token has to have to be computed alone
 PIECES_LOG2 = tl.constexpr(6.0)  # of no tile more than the budget / 2**6 is approximated
@@ -39,14 +39,18 @@ def active_kernel(
     counts,  # [1 + tiles + tiles * parts], int32, zeros before: how many there are, of tops for each part of a tile
     row_tokens,  # [N, tiles], int32: the tops of each row, by their place in the vocabulary
     row_count,  # [N], int32: how many there are
+    row_dz,  # [N, tiles]: dz of the tops of each row, where SAME_SLOPE
+    top_dz,  # [tiles, N], int32: dz of tops with their columns, where SAME_SLOPE
     num_rows,
     num_tiles,
     ignore_index,
     budget,
     lightest_top,  # in lighter tiles no token but the target is computed alone
     dense_share,  # a row that needs more than this share of the tiles is dense
+    slope,  # f', where SAME_SLOPE
     HAS_TARGET: tl.constexpr,
     HAS_IGNORE_INDEX: tl.constexpr,
+    SAME_SLOPE: tl.constexpr,  # whether f' is the same everywhere, so that p is all that dz depends on
     TILE_WIDTH: tl.constexpr,  # columns of a tile
     PART: tl.constexpr,  # columns of a part of a tile
     TILES: tl.constexpr,  # a power of two, at least num_tiles
@@ -61,14 +65,16 @@ def active_kernel(
     mass = exp(tl.load(tile_lse + offsets, mask=mask, other=-float("inf")) - row_lse[None, :])
     packed = tl.load(tile_top + offsets, mask=mask, other=0)
     rest_share = number_of(packed, TILE_WIDTH)
-    has_gradient = (tl.load(grad_lse + rows, mask=row_mask, other=0.0) != 0.0)[None, :]
+    row_grad = tl.load(grad_lse + rows, mask=row_mask, other=0.0)
+    has_gradient = (row_grad != 0.0)[None, :]
     stands_out = has_gradient & (mass >= lightest_top) & (rest_share <= 1.0 - LEAST_SHARE)
     if HAS_TARGET:
         targets = tl.load(target + rows, mask=row_mask, other=0)
-        picks = tl.load(grad_picked + rows, mask=row_mask, other=0.0) != 0.0
+        target_grad = tl.load(grad_picked + rows, mask=row_mask, other=0.0)
         if HAS_IGNORE_INDEX:
-            picks = picks & (targets != ignore_index)
-        stands_out = stands_out | (picks[None, :] & (tiles[:, None] == (targets // TILE_WIDTH)[None, :]))
+            target_grad = tl.where(targets != ignore_index, target_grad, 0.0)
+        of_target = (target_grad != 0.0)[None, :] & (tiles[:, None] == (targets // TILE_WIDTH)[None, :])
+        stands_out = stands_out | of_target
     rest = tl.where(stands_out, mass * rest_share, mass)
 
     low = tl.full((ROWS,), SMALLEST_LOG2, dtype=tl.float32)
@@ -102,3 +108,9 @@ def active_kernel(
     places = rows[None, :].to(tl.int64) * num_tiles + tl.cumsum(listed, 0) - 1
     tl.store(row_tokens + places, tiles[:, None] * TILE_WIDTH + column, mask=tops)
     tl.store(row_count + rows, tl.sum(listed, 0), mask=row_mask)
+    if SAME_SLOPE:
+        dx = mass * (1.0 - rest_share) * row_grad[None, :]
+        if HAS_TARGET:
+            dx += tl.where(of_target, target_grad[None, :], 0.0)
+        tl.store(row_dz + places, dx * slope, mask=tops)
+        tl.store(top_dz + offsets, with_column(dx * slope, column, TILE_WIDTH), mask=tops)

@@ -30,7 +30,8 @@ def top_hidden_kernel(
     weight_peak,
     row_tokens,  # [N, tiles], int32: the listed tokens of each row
     row_count,  # [N], int32: how many there are
-    top_dz,  # [tiles, N], int32: dz with the token's column, written where there is one
+    row_dz,  # [N, tiles]: dz of each, where KNOWN
+    top_dz,  # [tiles, N], int32: dz with the token's column, written where there is one and not KNOWN
     fixed,  # [N, ceil(D / 2)], int64, written where WANT_HIDDEN
     num_rows,
     num_tiles,
@@ -45,45 +46,55 @@ def top_hidden_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_TARGET: tl.constexpr,
     HAS_IGNORE_INDEX: tl.constexpr,
+    KNOWN: tl.constexpr,
     WANT_HIDDEN: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,  # at least D
+    BLOCK_D: tl.constexpr,  # at least D unless KNOWN
     TOKENS: tl.constexpr,  # at a time
     NUM_STAGES: tl.constexpr,  # the compiler would pipeline only what it multiplies
 ):
-    row = tl.program_id(0)
-    count = tl.load(row_count + row)
-    depths = tl.arange(0, BLOCK_D)
+    """A program writes BLOCK_D columns of a row. Programs that are at work together write the same columns of many
+    rows, for which they read no other columns of the weight."""
+    row = tl.program_id(0) % num_rows
+    depths = (tl.program_id(0) // num_rows) * BLOCK_D + tl.arange(0, BLOCK_D)
     depth_mask = depths < width
-    h = tl.load(hidden + row.to(tl.int64) * stride_hn + depths * stride_hd, mask=depth_mask, other=0.0).to(tl.float32)
+    count = tl.load(row_count + row)
     row_lse, row_grad, target_grad = tl.load(lse + row), tl.load(grad_lse + row), tl.load(grad_picked + row)
-    if HAS_TARGET:
-        row_target = tl.load(target + row)
-        if HAS_IGNORE_INDEX:
-            row_target = tl.where(row_target == ignore_index, -1, row_target)
-    total = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    if not KNOWN:
+        h = tl.load(hidden + row.to(tl.int64) * stride_hn + depths * stride_hd, mask=depth_mask, other=0.0)
+        h = h.to(tl.float32)
+        if HAS_TARGET:
+            row_target = tl.load(target + row)
+            if HAS_IGNORE_INDEX:
+                row_target = tl.where(row_target == ignore_index, -1, row_target)
+    total = tl.zeros((TOKENS, BLOCK_D), dtype=tl.float32)
     for first in tl.range(0, count, TOKENS, num_stages=NUM_STAGES):
         places = first + tl.arange(0, TOKENS)
         mask = places < count
-        tokens = tl.load(row_tokens + row.to(tl.int64) * num_tiles + places, mask=mask, other=0)
+        listed = row.to(tl.int64) * num_tiles + places
+        tokens = tl.load(row_tokens + listed, mask=mask, other=0)
         offsets = tokens[:, None].to(tl.int64) * stride_wv + depths[None, :] * stride_wd
         w = tl.load(weight + offsets, mask=mask[:, None] & depth_mask[None, :], other=0.0).to(tl.float32)
-        z = tl.sum(w * h[None, :], 1)
-        if HAS_BIAS:
-            z += tl.load(bias + tokens, mask=mask, other=0.0).to(tl.float32)
-        x, slope = VALUE_AND_SLOPE(z)
-        dx = exp(x - row_lse) * row_grad
-        if HAS_TARGET:
-            dx += tl.where(tokens == row_target, target_grad, 0.0)
-        dz = tl.where(mask, dx * slope, 0.0)
-        total += tl.sum(dz[:, None] * w, 0)
-        here = (tokens // BLOCK_V).to(tl.int64) * num_rows + row
-        tl.store(top_dz + here, with_column(dz, tokens % BLOCK_V, BLOCK_V), mask=mask)
+        if KNOWN:
+            dz = tl.load(row_dz + listed, mask=mask, other=0.0)
+        else:
+            z = tl.sum(w * h[None, :], 1)
+            if HAS_BIAS:
+                z += tl.load(bias + tokens, mask=mask, other=0.0).to(tl.float32)
+            x, slope = VALUE_AND_SLOPE(z)
+            dx = exp(x - row_lse) * row_grad
+            if HAS_TARGET:
+                dx += tl.where(tokens == row_target, target_grad, 0.0)
+            dz = tl.where(mask, dx * slope, 0.0)
+            here = (tokens // BLOCK_V).to(tl.int64) * num_rows + row
+            tl.store(top_dz + here, with_column(dz, tokens % BLOCK_V, BLOCK_V), mask=mask)
+        total += dz[:, None] * w
     if WANT_HIDDEN:
         unit = fixed_point_unit(row_grad, target_grad, row_lse, weight_peak, slope_bound)
-        both = to_fixed_point(tl.expand_dims(total, 0), tl.zeros((1,), dtype=tl.float32) + unit)
+        sums = tl.expand_dims(tl.sum(total, 0), 0)
+        both = to_fixed_point(sums, tl.zeros((1,), dtype=tl.float32) + unit)
         row_pairs = tl.cdiv(width, 2)
-        pairs = tl.arange(0, BLOCK_D // 2)[None, :]
+        pairs = ((tl.program_id(0) // num_rows) * (BLOCK_D // 2) + tl.arange(0, BLOCK_D // 2))[None, :]
         tl.store(fixed + row.to(tl.int64) * row_pairs + pairs, both, mask=pairs < row_pairs)
 
 
@@ -137,9 +148,10 @@ def top_weight_kernel(
                 packed = tl.load(tile_dz + rows, mask=rows >= 0, other=0)
                 h = gather_rows(hidden, tl.maximum(rows, 0), depth, width, stride_hn, stride_hd, BLOCK_D)
                 rows = tl.load(listed + (step + 1) * STEP)
-                hit = first + tl.arange(0, PART)[None, :] == column_of(packed, TILE_WIDTH)[:, None]
-                g = tl.where(hit, number_of(packed, TILE_WIDTH)[:, None], 0.0).to(h.dtype)
-                total = tl.dot(g.T, h, total, input_precision="ieee")
+                # made as the tensor cores take it: turning it round would cost a third of the kernel's time
+                hit = first + tl.arange(0, PART)[:, None] == column_of(packed, TILE_WIDTH)[None, :]
+                g = tl.where(hit, number_of(packed, TILE_WIDTH)[None, :], 0.0).to(h.dtype)
+                total = tl.dot(g, h, total, input_precision="ieee")
             columns = tile * TILE_WIDTH + first + tl.arange(0, PART)
             depths = depth + tl.arange(0, BLOCK_D)
             column_mask, depth_mask = columns < num_columns, depths < width

@@ -28,6 +28,8 @@ class Active:
     counts: Tensor  # [lists], int32: how many there are, of tops for each part of a tile
     row_tokens: Tensor  # [N, tiles], int32: the tops of each row, by their place in the vocabulary
     row_count: Tensor  # [N], int32: how many there are
+    row_dz: Tensor | None  # [N, tiles]: dz of the tops of each row; None where the records do not tell slopes
+    top_dz: Tensor  # [tiles, N], int32: the same with their columns, still to be written where row_dz is None
 
     @classmethod
     def of(
@@ -43,11 +45,14 @@ class Active:
     ) -> "Active":
         """part: columns of a part of a tile. tops: whether tokens may be computed alone."""
         count, num_rows = tiles.lse.shape
+        affine = problem.logit_map.affine()
         active = cls(
             pairs=torch.empty(1 + 2 * count, num_rows, dtype=torch.bool, device=lse.device),
             counts=torch.zeros(1 + count + count * tile_width // part, dtype=torch.int32, device=lse.device),
             row_tokens=torch.empty(num_rows, count, dtype=torch.int32, device=lse.device),
             row_count=torch.empty(num_rows, dtype=torch.int32, device=lse.device),
+            row_dz=None if affine is None else tiles.lse.new_empty(num_rows, count),
+            top_dz=torch.empty(count, num_rows, dtype=torch.int32, device=lse.device),
         )
         all_tiles = triton.next_power_of_2(count)
         rows = max(1, min(32, PLANNED_AT_ONCE // all_tiles))
@@ -62,12 +67,16 @@ class Active:
             counts=active.counts,
             row_tokens=active.row_tokens,
             row_count=active.row_count,
+            row_dz=active.row_dz,
+            top_dz=active.top_dz,
             num_rows=num_rows,
             num_tiles=count,
             **ignore_arguments(problem),
             budget=problem.approximate_mass,
             lightest_top=problem.approximate_mass**2 * TOP_PART if tops else float("inf"),
             dense_share=DENSE_SHARE,
+            slope=None if affine is None else affine[0],
+            SAME_SLOPE=affine is not None,
             HAS_TARGET=problem.target is not None,
             TILE_WIDTH=tile_width,
             PART=part,

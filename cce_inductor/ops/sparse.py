@@ -35,7 +35,8 @@ from .sparse_rounds import blocks_of_a_round
 
 LEAST_FLOPS = 10**12  # of the logits, one to two milliseconds: as long as the host takes to start the kernels
 WARP_COLUMNS = 256  # 16 bytes of a row for each lane; where rows are narrower, lanes share columns
-TOKEN_NUMBERS = 8192  # of rows of the weight that a program keeps in registers
+TOKEN_NUMBERS = 1024  # of rows of the weight that a warp keeps in registers
+TOP_DEPTH = 256  # columns of them that it reads, where it need not read whole rows
 _compensates = True
 
 
@@ -158,11 +159,16 @@ class _SparseBackward(SparseOperands):
         """The tokens that are computed alone. Their part of the hidden states' gradient begins its sums."""
         problem = self.problem
         rows, width = problem.hidden.shape
-        block_d = max(2, triton.next_power_of_2(width))  # sums are kept in pairs
-        self.top_dz = torch.empty(self.tiles, rows, dtype=torch.int32, device=self.lse.device)
+        known = active.row_dz is not None
         pairs = -(-width // 2) if want_hidden else 0
+        self.top_dz = active.top_dz
         self.fixed = torch.empty(rows, pairs, dtype=torch.int64, device=self.lse.device)
-        top_hidden_kernel[(rows,)](
+        if known and not want_hidden:
+            return
+        block_d = max(2, triton.next_power_of_2(width))  # sums are kept in pairs
+        # short loops that end at once in many programs, or whole rows, for which loads go ahead of the products
+        block_d, warps, stages = (min(block_d, TOP_DEPTH), 1, 1) if known else (block_d, 8, self.config.num_stages)
+        top_hidden_kernel[(rows * -(-width // block_d),)](
             hidden=self.hidden,
             weight=self.weight,
             bias=problem.bias,
@@ -171,6 +177,7 @@ class _SparseBackward(SparseOperands):
             weight_peak=self.weight_peak,
             row_tokens=active.row_tokens,
             row_count=active.row_count,
+            row_dz=active.row_dz,
             top_dz=self.top_dz,
             fixed=self.fixed,
             num_rows=rows,
@@ -183,12 +190,13 @@ class _SparseBackward(SparseOperands):
             stride_wd=self.weight.stride(1),
             VALUE_AND_SLOPE=self.function,
             HAS_BIAS=problem.bias is not None,
+            KNOWN=known,
             WANT_HIDDEN=want_hidden,
             BLOCK_V=self.config.block_v,
             BLOCK_D=block_d,
-            TOKENS=max(1, TOKEN_NUMBERS // block_d),
-            NUM_STAGES=self.config.num_stages,
-            num_warps=4,
+            TOKENS=max(1, warps * TOKEN_NUMBERS // block_d),
+            NUM_STAGES=stages,
+            num_warps=warps,
             enable_fp_fusion=self._lanes_share_no_column(block_d),
         )
 
