@@ -54,11 +54,11 @@ MIB = 2**20
 # data ---------------------------------------------------------------------------------------------
 
 
-def standard_library() -> list[str]:
-    """Source files of the running Python, in a fixed order, up to TEXT_LIMIT characters."""
+def standard_library(limit: int = TEXT_LIMIT) -> list[str]:
+    """Source files of the running Python, in a fixed order, up to so many characters."""
     root = Path(sysconfig.get_paths()["stdlib"])
     not_prose = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings"}
-    texts, left = [], TEXT_LIMIT
+    texts, left = [], limit
     for path in sorted(root.rglob("*.py")):
         if left > 0 and not not_prose & set(path.relative_to(root).parts):
             text = path.read_text(encoding="utf-8", errors="replace")[:left]
@@ -355,6 +355,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated (default: %(default)s)")
     add_sizes(parser, SIZES)
+    parser.add_argument("--characters", type=int, default=TEXT_LIMIT, help="of the text (default: %(default)s)")
     parser.add_argument("--device", choices=SIZES, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output")
     parser.add_argument("--seed", type=int, default=0)
@@ -381,7 +382,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         with console.status("training a tokenizer on the standard library"):
-            tokens = tokenize(standard_library(), args.vocab)
+            tokens = tokenize(standard_library(args.characters), args.vocab)
             np.save(Path(scratch, "tokens.npy"), tokens)
         console.print(f"{len(tokens):,} tokens of the standard library, vocabulary {args.vocab:,}")
         results = [run_in_fresh_process(method, Path(scratch)) for method in args.methods]

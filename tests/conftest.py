@@ -23,6 +23,12 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = _cache.name
 # Inductor tries out what each CPU flag promises in every process, by a C++ compiler and a process that loads PyTorch.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
+# Inductor compiles C++ in processes of its own, which load PyTorch first, while the tests keep all cores busy anyway.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+# Dynamo empties the processor's caches to time the guards of each program: a tenth of what most tests take.
+torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
+
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=25)
 settings.register_profile("long", deadline=None, max_examples=1000)  # pytest --hypothesis-profile=long
 # for tests/mutations.py: whether anything fails, not what

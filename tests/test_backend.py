@@ -210,30 +210,29 @@ def python(code, **environment):
     return done.stdout, done.stderr
 
 
-def test_the_name_needs_no_import():
-    printed, _ = python("""
+def test_the_name_needs_no_import_and_nothing_is_logged_unasked():
+    printed, logged = python("""
         import sys
         assert "cce_inductor" not in sys.modules and "cce" in torch._dynamo.list_backends()
         torch.compile(program, backend="cce", options=options)(h, w, t).backward()
         print(sys.modules["cce_inductor"].__name__, h.grad is not None)
     """)
     assert printed == "cce_inductor True\n"
+    assert "rewrote" not in logged
 
 
 def test_torch_logs_prints_one_line_for_each_rewrite_and_refusal():
     code = """
-        for function in FUNCTIONS:
+        for function in program, refused:
             torch._dynamo.reset()
             torch.compile(function, backend="cce", options=options)(h, w, t)
     """
-    _, logged = python(code.replace("FUNCTIONS", "program, refused"), TORCH_LOGS="cce_inductor")
+    _, logged = python(code, TORCH_LOGS="cce_inductor")
     lines = [line for line in logged.splitlines() if "cce" in line]
     assert len(lines) == 2
     assert "rewrote cross_entropy of [20, 53] logits" in lines[0]
     assert "left alone: " in lines[1]
     assert "dropout" in lines[1]
-    printed, quiet = python(code.replace("FUNCTIONS", "[program]"))
-    assert "rewrote" not in printed + quiet
 
 
 def test_standard_logging_shows_them_too(caplog):
@@ -250,17 +249,22 @@ MEMORY = """
     def mib(name):
         return int(re.search(name + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1024
 
-    compiled = torch.compile(program, backend=BACKEND, dynamic=True)
-    compiled(h[:64], w[:4096], t[:64] % 4096).backward()  # whatever a first call costs
-    before = mib("VmRSS")
-    open("/proc/self/clear_refs", "w").write("5")  # the peak begins here
-    compiled(h, w, t).backward()
-    print(mib("VmHWM") - before)
+    def peak(backend):
+        compiled = torch.compile(program, backend=backend, dynamic=True)
+        # compiles what is measured below, as these logits are not too small either
+        smaller = (x[:n].detach().requires_grad_() for x, n in ((h, 1024), (w, 8192)))
+        compiled(*smaller, t[:1024] % 8192).backward()
+        before = mib("VmRSS")
+        open("/proc/self/clear_refs", "w").write("5")  # the peak begins here
+        compiled(h, w, t).backward()
+        return mib("VmHWM") - before
+
+    print(peak("cce"), peak("inductor"))  # ours first, as memory that is left for the next hides some of its peak
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc")
 def test_a_training_step_never_holds_the_logits_in_memory():
-    peaks = {backend: float(python(MEMORY.replace("BACKEND", repr(backend)))[0]) for backend in ("inductor", "cce")}
-    assert peaks["inductor"] > 256
-    assert peaks["cce"] < 128
+    ours, inductors = map(float, python(MEMORY)[0].split())
+    assert inductors > 256
+    assert ours < 128

@@ -13,6 +13,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 STEPS, VOCAB = 8, 4096
 # 1024 tokens a step: the smallest logits that are rewritten by default, 16 MiB
 TINY = {"steps": STEPS, "vocab": VOCAB, "batch": 8, "seq-len": 128, "layers": 1, "width": 64, "device": "cpu"}
+TINY |= {"characters": 500_000}  # of which a tokenizer is made in a second
 
 
 def test_train_gpt_learns_the_same_with_every_method(tmp_path):

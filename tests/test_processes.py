@@ -130,20 +130,22 @@ def test_a_child_compiles_and_trains(tmp_path):
 @on_linux
 def test_two_processes_of_ddp_have_the_gradients_of_one(tmp_path):
     """Each has half of the batch; the mean over ranks is the mean over the batch."""
-    run(tmp_path, """
+    run(tmp_path, f"""
         import torch.distributed as dist
         from torch.nn.parallel import DistributedDataParallel
 
         def rank(number, store):
-            dist.init_process_group("gloo", init_method=f"file://{store}", rank=number, world_size=2)
+            dist.init_process_group("gloo", init_method="file://" + store, rank=number, world_size=2)
             mine = gradients(DistributedDataParallel, IDS.chunk(2)[number])
             check(mine, gradients(lambda model: model, IDS, backend="eager"))
             dist.barrier()
             dist.destroy_process_group()
 
         if __name__ == "__main__":
+            import cce_inductor.backend  # and with it all that children need: those that are forked have it then
             with tempfile.TemporaryDirectory() as folder:
-                mp.spawn(rank, (os.path.join(folder, "store"),), nprocs=2)
+                store = os.path.join(folder, "store")
+                mp.start_processes(rank, (store,), nprocs=2, start_method={START_METHODS[0]!r})
             print("done")
     """)  # fmt: skip
 

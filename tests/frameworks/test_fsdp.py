@@ -1,5 +1,7 @@
 """fully_shard (FSDP2) with two processes: every parameter in two shards, gathered inside of the compiled model."""
 
+import multiprocessing
+
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -61,8 +63,10 @@ def train_one_way(rank, how):
 
 
 def test_gradients_are_those_of_one_process(tmp_path):
-    """All ways in the same two processes, which take long to begin."""
-    mp.spawn(train, (tmp_path / "store", tmp_path / "results"), nprocs=PROCESSES)
+    """All ways in the same two processes, forked from one that has loaded what takes long."""
+    multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "cce_inductor.backend"])
+    arguments = (tmp_path / "store", tmp_path / "results")
+    mp.start_processes(train, arguments, nprocs=PROCESSES, start_method="forkserver")
     found = torch.load(tmp_path / "results")
     assert tuple(found) == WAYS
     eager, ids = model_and_batch()
