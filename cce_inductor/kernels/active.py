@@ -4,7 +4,7 @@
     top[j, n]    = p[n, v] of the token v that may be computed alone: the target in its tile, elsewhere the heaviest
                    where that and mass[j, n] are large enough; else 0
     rest[j, n]   = mass[j, n] - top[j, n]
-    active[j, n] = rest[j, n] >= t[n],   t[n] <= budget / 64 the largest with
+    active[j, n] = rest[j, n] >= t[n],   t[n] <= largest_piece the largest with
                                          sum over j of rest[j, n] [rest[j, n] < t[n]] <= budget
 
 Where a tile that is not active has a top, that token alone is computed, and only the rest is approximated.
@@ -22,7 +22,6 @@ from .pointwise import exp
 from .tops import column_of, number_of, with_column
 
 LEAST_SHARE = tl.constexpr(0.25)  # of its tile, that the heaviest token has to have to be computed alone
-PIECES_LOG2 = tl.constexpr(6.0)  # of no tile more than the budget / 2**6 is approximated
 SMALLEST_LOG2 = tl.constexpr(-40.0)  # rests below 2**-40 are all the same
 BISECTIONS = tl.constexpr(9)  # they find the threshold to a factor of 2**(40 / 2**9)
 
@@ -45,6 +44,7 @@ def active_kernel(
     num_tiles,
     ignore_index,
     budget,
+    largest_piece,  # of no tile more than this is approximated
     lightest_top,  # in lighter tiles no token but the target is computed alone
     dense_share,  # a row that needs more than this share of the tiles is dense
     slope,  # f', where SAME_SLOPE
@@ -78,7 +78,7 @@ def active_kernel(
     rest = tl.where(stands_out, mass * rest_share, mass)
 
     low = tl.full((ROWS,), SMALLEST_LOG2, dtype=tl.float32)
-    high = tl.zeros((ROWS,), dtype=tl.float32) + (tl.log2(budget) - PIECES_LOG2)
+    high = tl.zeros((ROWS,), dtype=tl.float32) + tl.log2(largest_piece)
     for _ in range(BISECTIONS):
         middle = 0.5 * (low + high)
         skipped = tl.sum(tl.where(rest < tl.exp2(middle)[None, :], rest, 0.0), 0)
