@@ -44,6 +44,7 @@ __all__ = [
     "get_hash_for_files",
     "graph_break",
     "ignore_warning_once",
+    "hands_over",
     "inductor_backend",
     "inductor_config",
     "inductor_option_names",
@@ -131,11 +132,18 @@ def compiled_alone(gm: torch.fx.GraphModule) -> Callable:
     return torch.compile(gm, backend=inductor, dynamic=True, fullgraph=True)
 
 
+def hands_over() -> bool:
+    """Whether a backward may write to the tensors that its forward saved for it alone."""
+    from torch._functorch import config
+
+    return config.donated_buffer
+
+
 @functools.cache
 def reuse_handed_over(op: OpOverload, in_place: OpOverload) -> None:
     """Has Inductor compile the product `op(tensor, number)` to `in_place` if a forward saved the tensor for this alone.
 
-    Such memory it may write to (`torch._functorch.config.donated_buffer`). Other tensors it multiplies as ever.
+    Such memory it may write to (`hands_over`). Other tensors it multiplies as ever.
     """
     from torch._inductor import ir, lowering
     from torch._inductor.virtualized import V

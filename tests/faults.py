@@ -133,8 +133,8 @@ FAULTS = [
     Fault(
         "sparse: the target is skipped",
         "kernels/active.py",
-        "stands_out = stands_out | (picks",
-        "stands_out | (picks",
+        "stands_out = stands_out | of_target",
+        "stands_out | of_target",
         "tests/ops/test_sparse.py -k never_its_target",
     ),
     Fault(
@@ -154,8 +154,8 @@ FAULTS = [
     Fault(
         "sparse: skipped mass is spread evenly",
         "kernels/share.py",
-        "spread = tl.where(tile_mass > 0.0, force / tile_mass, 0.0)",
-        "spread = tl.where(tile_mass > 0.0, 1.0 / BLOCK_V, 0.0) + 0.0 * force",
+        "tl.where(tile_mass > 0.0, force / tile_mass, 0.0)",
+        "tl.where(tile_mass > 0.0, 1.0 / BLOCK_V, 0.0) + 0.0 * force",
         "tests/ops/test_sparse.py -k put_back",
     ),
     Fault(
@@ -175,8 +175,8 @@ FAULTS = [
     Fault(
         "tops: the place in the tile is that in its part",
         "kernels/top_gradient.py",
-        "hit = first + tl.arange(0, PART)[None, :]",
-        "hit = tl.arange(0, PART)[None, :]",
+        "hit = first + tl.arange(0, PART)[:, None]",
+        "hit = tl.arange(0, PART)[:, None]",
         "tests/ops/test_sparse.py -k specified",
     ),
     Fault(
@@ -555,10 +555,52 @@ FAULTS = [
     ),
     Fault(
         "codes: logits are computed again all the same",
-        "ops/sparse.py",
-        "first_left = kept.places[-1].tiles[1] if kept.places else 0",
-        "first_left = 0",
+        "ops/kept_tiles.py",
+        "return self.places[-1].tiles[1] if self.places else 0",
+        "return 0",
         CODES + " -k twice",
+    ),
+    Fault(
+        "codes: those apart are looked for among the others",
+        "kernels/codes.py",
+        "apart = tile >= first_apart",
+        "apart = tile > first_apart",
+        CODES,
+    ),
+    Fault(
+        "codes: the share of a token that is computed alone",
+        "kernels/share.py",
+        "mass += tl.where(tl.arange(0, BLOCK_V)[None, :] != top[:, None], shares * scale[:, None], 0.0)",
+        "mass += tl.where(tl.arange(0, BLOCK_V)[None, :] > -2 - top[:, None], shares * scale[:, None], 0.0)",
+        CODES,
+    ),
+    Fault(
+        "tops: a target without its own gradient",
+        "kernels/active.py",
+        "dx += tl.where(of_target, target_grad[None, :], 0.0)",
+        "dx += tl.where(of_target & (mass > 2.0), target_grad[None, :], 0.0)",
+        "tests/ops/test_sparse.py -k specified",
+    ),
+    Fault(
+        "scaling: a gradient is never multiplied in place",
+        "ops/scaling.py",
+        "if scale != 1:",
+        "if scale == 0:",
+        "tests/ops/test_scaling.py",
+    ),
+    Fault(
+        "scaling: memory that others read is written to",
+        "compat.py",
+        "donated = isinstance(buffer, ir.DonatedBuffer)",
+        "donated = isinstance(buffer, ir.InputBuffer)",
+        "tests/ops/test_scaling.py",
+    ),
+    Fault(
+        "the row's log-sum-exp forgets what it found before",
+        "kernels/log_sum.py",
+        "total = total * exp(peak - shift) +",
+        "total = total +",
+        "tests/ops/test_log_sum.py",
     ),
     Fault(
         "codes: at the start of the gradient's memory",

@@ -17,9 +17,9 @@ DENSE_SHARE = 0.5
 # In tiles lighter than this times the square of the budget no token but the target is computed alone. By its square, as
 # such tokens are most of what is left to compute where much may be approximated, and that is asked for to be fast.
 TOP_PART = 2.0**-5
-# Of no tile more than this part of the budget is approximated. In a small vocabulary a tile has more of the probability,
-# and rare tokens have more of theirs where it is light: with a 64th the median row of the weight's gradient was off by
-# .109 with 32064 classes, by .047 and less with 50257 and more (data like a trained model's).
+# Of no tile more than this part of the budget is approximated. In a small vocabulary a tile has more of the whole, and
+# rare tokens have more of theirs in light tiles: with a 64th the median row of the weight's gradient was off by .109 of
+# 32064 classes, by .047 and less of 50257 and more (data like a trained model's).
 LARGEST_PIECE, OF_SMALL_VOCABULARY = 2.0**-6, 2.0**-7.5
 SMALL_VOCABULARY = 40_000
 PLANNED_AT_ONCE = 8192  # (row, tile) pairs that a program of the first kernel keeps in registers

@@ -41,7 +41,7 @@ def of_columns(
         "num_tiles": count,
     }
     if kept.places:
-        sample = _sample(grad_lse, SAMPLED_CODES)
+        sample = sample_of(grad_lse, SAMPLED_CODES)
         coded_share_kernel[(kept.first_left,)](
             **known,
             **kept.code_arguments(),
@@ -55,7 +55,7 @@ def of_columns(
             num_warps=coded_config.num_warps,
         )
     if kept.first_left < count:
-        sample = _sample(grad_lse, SAMPLED_ROWS)
+        sample = sample_of(grad_lse, SAMPLED_ROWS)
         hidden = operands.hidden[sample]
         share_kernel[(min(count - kept.first_left, operands.processors),)](
             **known,
@@ -71,7 +71,7 @@ def of_columns(
     return share
 
 
-def _sample(grad_lse: Tensor, number: int) -> Tensor:
+def sample_of(grad_lse: Tensor, number: int) -> Tensor:
     """So many rows that have a gradient, or all rows if they are no more, [number], int32."""
     rows = len(grad_lse)
     places = torch.empty(rows, dtype=torch.int32, device=grad_lse.device)

@@ -318,9 +318,10 @@ class _SparseBackward(SparseOperands):
         )
 
     def _depths_at_once(self) -> int:
-        """How many blocks of columns of the hidden states' gradient fit in half of the L2 cache beside what is read."""
+        """How many blocks of columns of the hidden states' gradient fit in a third of the L2 cache: half of it is far
+        from each processor, and what is read needs some too."""
         column_bytes = self.problem.num_rows * self.products.hidden_depth * 4
-        return max(1, l2_cache_bytes(self.lse.device) // 2 // column_bytes)
+        return max(1, l2_cache_bytes(self.lse.device) // 3 // column_bytes)
 
     def complete_hidden(self) -> Tensor:
         """The gradient of the hidden states, from what all rounds added and what was skipped."""

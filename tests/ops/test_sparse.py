@@ -14,7 +14,14 @@ from cce_inductor.ops import cuda, row_lists, shares, sparse
 from cce_inductor.ops.kept_tiles import KeptTiles
 from cce_inductor.ops.library import vocab_reductions
 from cce_inductor.ops.problem import Problem, Reductions, Tiles, evenly_spaced
-from cce_inductor.ops.row_lists import Active, RowLists, Skipped
+from cce_inductor.ops.row_lists import (
+    LARGEST_PIECE,
+    OF_SMALL_VOCABULARY,
+    SMALL_VOCABULARY,
+    Active,
+    RowLists,
+    Skipped,
+)
 from cce_inductor.ops.sparse_rounds import MOST_ROUNDS
 
 TILE_ROWS, TILE_WIDTH, PART = 16, 32, 16  # of the interpreter's tiles
@@ -102,6 +109,15 @@ def test_the_sample_is_of_rows_that_count(holds, count):
     assert all(0 <= place < len(holds) for place in chosen)
     if places := [place for place, held in enumerate(holds) if held]:
         assert chosen == [places[(2 * i + 1) * len(places) // (2 * count)] for i in range(count)]
+
+
+@given(holds=st.lists(st.booleans(), min_size=1, max_size=60), count=st.integers(1, 70))
+def test_the_kernel_takes_the_same_sample(holds, count):
+    sample = shares.sample_of(torch.tensor(holds).float(), count)
+    expected = evenly_spaced(torch.tensor(holds), min(count, len(holds)))
+    assert len(sample) == len(expected)
+    assert torch.equal(sample.long(), expected) or not any(holds)
+    assert ((sample >= 0) & (sample < len(holds))).all()
 
 
 def specified(case, problem, lse, tiles, dense_share):
@@ -262,11 +278,12 @@ def of_masses(masses, share=0.0):
 
 @pytest.mark.parametrize("mass", [2**-4, 2**-2])
 @pytest.mark.parametrize("share", [0.0, 0.5])
-def test_many_light_tiles_are_skipped_to_within_the_budget(mass, share):
+def test_many_light_tiles_are_skipped_to_within_the_budget(mass, share, monkeypatch):
     """Each of them is light enough, and all of them together are too heavy. Of tops only the rest counts."""
+    monkeypatch.setattr(row_lists, "OF_SMALL_VOCABULARY", LARGEST_PIECE)
     light, rows = 200, 8
     case = make(rows, (light + 1) * TILE_WIDTH, 1)
-    rests = torch.rand(light, rows, generator=torch.Generator().manual_seed(0)) * mass / 64
+    rests = torch.rand(light, rows, generator=torch.Generator().manual_seed(0)) * mass * LARGEST_PIECE
     shares = rests / (1 - share)
     shares = torch.cat([shares, 1 - shares.sum(0, keepdim=True)])
     gradients = torch.ones(rows), torch.zeros(rows)
@@ -281,7 +298,7 @@ def test_many_light_tiles_are_skipped_to_within_the_budget(mass, share):
 
 @pytest.mark.parametrize(("share", "needed"), [(0.0, True), (0.5, True), (0.99, False)])
 def test_a_heavy_tile_that_is_nearly_one_token_needs_only_that(share, needed):
-    """Half of the budget in one tile, of which at most a 64th may be approximated."""
+    """Half of the budget in one tile, of which at most a small part may be approximated."""
     mass = 2**-3
     case = make(1, 2 * TILE_WIDTH, 1)
     masses = torch.tensor([[1 - mass / 2], [mass / 2]])
@@ -290,6 +307,20 @@ def test_a_heavy_tile_that_is_nearly_one_token_needs_only_that(share, needed):
     active, tops = active_and_tops(pairs)
     assert active[1].item() == needed
     assert tops[1].item() != needed
+
+
+@pytest.mark.parametrize(
+    ("vocab", "piece"), [(SMALL_VOCABULARY, OF_SMALL_VOCABULARY), (SMALL_VOCABULARY + 1, LARGEST_PIECE)]
+)
+@pytest.mark.parametrize("part", [0.9, 1.1])  # a threshold is found to within a factor of 1.06
+def test_a_tile_of_a_small_vocabulary_may_be_skipped_if_it_is_lighter(vocab, piece, part):
+    mass = 2**-3
+    case = make(1, vocab, 1)
+    masses = torch.zeros(-(-vocab // TILE_WIDTH), 1)
+    masses[:2, 0] = torch.tensor([1 - mass * piece * part, mass * piece * part])
+    gradients = torch.ones(1), torch.zeros(1)
+    pairs = all_active(case.problem(approximate_mass=mass), torch.zeros(1), of_masses(masses), gradients)
+    assert active_and_tops(pairs)[0][:2, 0].tolist() == [True, part > 1]
 
 
 @pytest.mark.parametrize(("weight", "share", "computed"), [(1.0, 0.5, True), (1.0, 0.1, False), (0.1, 0.5, False)])
