@@ -55,7 +55,7 @@ def _compiled(inductor: Callable, gm: GraphModule, example_inputs: list[Any], op
     scaling.compile_in_place()
     theirs = None if original is None else inductor(copy_of(original), example_inputs)
     config: Any = torch.compiler.config
-    with config.patch(cache_key_tag=f"{config.cache_key_tag}cce_inductor={_cache_key()}"):
+    with config.patch(cache_key_tag=f"{config.cache_key_tag}cce_inductor={_source_hash().hex()}"):
         ours = lazy.around(compat.refusing_second_derivatives(inductor(gm, example_inputs)))
     if original is None or theirs is None:
         return ours
@@ -113,18 +113,12 @@ class _PreGradPass(CustomGraphPass):
     def uuid(self) -> Any:
         """Tells caches of compiled graphs apart: by our sources, the options, and what ran before."""
         if self.previous is None:
-            return _cache_key(), repr(self.options)
+            return _source_hash(), repr(self.options)
         before = self.previous.uuid() if isinstance(self.previous, CustomGraphPass) else None
-        return None if before is None else (_cache_key(), repr(self.options), before)
+        return None if before is None else (_source_hash(), repr(self.options), before)
 
 
 _done: ContextVar[_PreGradPass | None] = ContextVar("done", default=None)  # the pass, in what it rewrote before
-
-
-def _cache_key() -> str:
-    """What compiled code depends on beside what PyTorch's caches know of: our sources, and whether a forward hands its
-    saved tensors over to the backward, which Inductor's cache of backward graphs forgets."""
-    return f"{_source_hash().hex()} {compat.hands_over()}"
 
 
 @functools.cache

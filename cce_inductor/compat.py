@@ -43,8 +43,8 @@ __all__ = [
     "float_hint",
     "get_hash_for_files",
     "graph_break",
-    "ignore_warning_once",
     "hands_over",
+    "ignore_warning_once",
     "inductor_backend",
     "inductor_config",
     "inductor_option_names",
@@ -141,9 +141,8 @@ def hands_over() -> bool:
 
 @functools.cache
 def reuse_handed_over(op: OpOverload, in_place: OpOverload) -> None:
-    """Has Inductor compile the product `op(tensor, number)` to `in_place` if a forward saved the tensor for this alone.
-
-    Such memory it may write to (`hands_over`). Other tensors it multiplies as ever.
+    """Has Inductor compile `op(tensor, number, may_reuse)` to `in_place(tensor, number)` if a forward saved the tensor
+    for this alone. Otherwise it multiplies them.
     """
     from torch._inductor import ir, lowering
     from torch._inductor.virtualized import V
@@ -155,8 +154,8 @@ def reuse_handed_over(op: OpOverload, in_place: OpOverload) -> None:
         return donated and buffer.get_layout().is_contiguous() and len(node.users) == 1
 
     @lowering.register_lowering(op, type_promotion_kind=None)
-    def lower(tensor: Any, number: Any) -> Any:
-        if handed_over(tensor):
+    def lower(tensor: Any, number: Any, may_reuse: bool) -> Any:
+        if may_reuse and handed_over(tensor):
             lowering.fallback_handler(in_place, add_to_fallback_set=False)(tensor, number)
             return tensor
         product = lowering.mul(lowering.to_dtype(tensor, number.get_dtype()), number)

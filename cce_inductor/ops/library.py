@@ -35,6 +35,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
+from ..compat import hands_over
 from ..logit_map import LogitMap
 from . import cpu, cuda, in_forward
 from .problem import Problem, Reductions, RowGradients, Tiles, accumulate_dtype, check
@@ -319,7 +320,7 @@ class _Scaled(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, scale: Tensor, *_: Tensor | None) -> Tensor:
-        return scaled(grad, scale)
+        return scaled(grad, scale, False)
 
     backward = staticmethod(_no_double_backward)
 
@@ -327,8 +328,9 @@ class _Scaled(torch.autograd.Function):
 def _scale_gradients(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple:
     saved = ctx.saved_tensors
     inputs, grads = saved[:3], saved[3:]
+    may_reuse = hands_over()
     results = (
-        (_Scaled.apply(grad, grad_loss, *inputs) if torch.is_grad_enabled() else scaled(grad, grad_loss))
+        (_Scaled.apply(grad, grad_loss, *inputs) if torch.is_grad_enabled() else scaled(grad, grad_loss, may_reuse))
         if needed
         else None
         for grad, needed in zip(grads, ctx.needs_input_grad[:3], strict=True)
