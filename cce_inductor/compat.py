@@ -148,6 +148,8 @@ def reuse_handed_over(op: OpOverload, in_place: OpOverload) -> None:
     from torch._inductor.virtualized import V
 
     def handed_over(tensor: Any) -> bool:
+        if inductor_config.triton.cudagraphs:  # they may not be taken where a backward writes to what it is given
+            return False
         node: Any = V.graph.current_node.args[0]
         buffer: Any = getattr(getattr(tensor, "data", None), "data", None)
         donated = isinstance(buffer, ir.DonatedBuffer)

@@ -160,7 +160,7 @@ def sparse_bound(problem):
     tiles = -(-problem.vocab_size // config.block_v)
     rows = problem.num_rows + 2 * config.block_n
     size = problem.compute_dtype.itemsize
-    lists = 16 * (tiles + 1) * rows
+    lists = 20 * (tiles + 1) * rows
     blocks = config.block_v * (1 + tiles / MOST_ROUNDS)
     scratch = max(problem.workspace_bytes, lists + rows * (blocks + problem.width) * size)
     skipped = 3 * (tiles + problem.num_rows) * problem.width * FLOAT
