@@ -90,3 +90,12 @@ def test_what_is_kept_for_another_backward_is_not_written_to(operands):
         first, second = (torch.autograd.grad(result, leaves, scale, retain_graph=True) for _ in range(2))
     assert not any("scale_.default" in text for text in code)
     assert all(map(torch.equal, first, second))
+
+
+def test_an_argument_of_a_program_is_not_written_to():
+    scaling.compile_in_place()
+    grad = numbers(64, torch.float32)
+    before = grad.clone()
+    result = torch.compile(lambda grad, scale: scaling.scaled(grad, scale, True))(grad, torch.tensor(3.0))
+    assert torch.equal(grad, before)
+    assert torch.equal(result, 3 * before)
