@@ -112,5 +112,6 @@ def active_kernel(
         dx = mass * (1.0 - rest_share) * row_grad[None, :]
         if HAS_TARGET:
             dx += tl.where(of_target, target_grad[None, :], 0.0)
-        tl.store(row_dz + places, dx * slope, mask=tops)
-        tl.store(top_dz + offsets, with_column(dx * slope, column, TILE_WIDTH), mask=tops)
+        dz = dx * slope
+        tl.store(row_dz + places, dz, mask=tops)
+        tl.store(top_dz + offsets, with_column(dz, column, TILE_WIDTH), mask=tops)

@@ -56,7 +56,8 @@ def top_hidden_kernel(
     """A program writes BLOCK_D columns of a row. Programs that are at work together write the same columns of many
     rows, for which they read no other columns of the weight."""
     row = tl.program_id(0) % num_rows
-    depths = (tl.program_id(0) // num_rows) * BLOCK_D + tl.arange(0, BLOCK_D)
+    depth = (tl.program_id(0) // num_rows) * BLOCK_D
+    depths = depth + tl.arange(0, BLOCK_D)
     depth_mask = depths < width
     count = tl.load(row_count + row)
     row_lse, row_grad, target_grad = tl.load(lse + row), tl.load(grad_lse + row), tl.load(grad_picked + row)
@@ -94,7 +95,7 @@ def top_hidden_kernel(
         sums = tl.expand_dims(tl.sum(total, 0), 0)
         both = to_fixed_point(sums, tl.zeros((1,), dtype=tl.float32) + unit)
         row_pairs = tl.cdiv(width, 2)
-        pairs = ((tl.program_id(0) // num_rows) * (BLOCK_D // 2) + tl.arange(0, BLOCK_D // 2))[None, :]
+        pairs = (depth // 2 + tl.arange(0, BLOCK_D // 2))[None, :]
         tl.store(fixed + row.to(tl.int64) * row_pairs + pairs, both, mask=pairs < row_pairs)
 
 

@@ -166,11 +166,12 @@ class Rounds:
         self._kernel, self._programs, self._arguments = kernel, programs, arguments
         self._launch: Callable | None = None
         self._in_order: list[Any] = []
+        self._place = 0  # of round_index among them
 
     def __call__(self, round_index: int) -> None:
         """Launches the kernel for a round."""
         if self._launch is not None:
-            self._in_order[self._kernel.arg_names.index("round_index")] = round_index
+            self._in_order[self._place] = round_index
             self._launch(*self._in_order)
             return
         arguments = {**self._arguments, "round_index": round_index}
@@ -178,3 +179,4 @@ class Rounds:
         if isinstance(compiled, triton.compiler.CompiledKernel):  # not in Triton's interpreter
             self._launch = compiled[self._programs, 1, 1]
             self._in_order = [arguments[name] for name in self._kernel.arg_names]
+            self._place = self._kernel.arg_names.index("round_index")

@@ -11,7 +11,7 @@ from cce_inductor.ops import scaling
 pytestmark = pytest.mark.gpu
 
 ROWS, VOCAB, WIDTH = 1024, 32_000, 512
-OPTIONS = {"min_flops": 0}  # so small a loss is not worth rewriting
+OPTIONS = {"min_flops": 0}  # a loss so small is rewritten only if asked for
 
 
 def loss(hidden, weight, target):

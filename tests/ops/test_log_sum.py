@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from cases import NOT_INTERPRETED, interpreted
+from cases import interpreted
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cce_inductor.kernels.log_sum import log_sum_kernel
 
 pytestmark = [interpreted, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
-__all__ = ["NOT_INTERPRETED"]
 
 ENDS = (0.0, 80.0, -80.0, float("-inf"), float("nan"))
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import INTERPRETED, NOT_INTERPRETED
+from cases import interpreted
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._inductor.utils import run_and_get_code
@@ -37,7 +37,7 @@ def test_in_place_it_is_the_same_product(count, dtype, scale, wide):
     assert torch.equal(grad.nan_to_num(), expected.nan_to_num())
 
 
-@pytest.mark.skipif(not INTERPRETED, reason=NOT_INTERPRETED)
+@interpreted
 @given(count=st.integers(0, 70), dtype=st.sampled_from(ROUNDED), scale=st.sampled_from([1.0, -3.0, 0.1]))
 def test_the_kernel_gives_the_same_bits(count, dtype, scale):
     scale = torch.tensor(scale, dtype=torch.float32)
@@ -47,7 +47,7 @@ def test_the_kernel_gives_the_same_bits(count, dtype, scale):
     assert torch.equal(grad, expected)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason=NOT_INTERPRETED)
+@interpreted
 def test_of_a_scale_of_one_the_kernel_looks_at_no_gradient():
     scaling_kernel[(2,)](None, torch.tensor(1.0), 70, BLOCK=16, NUM_PROGRAMS=2)  # there is none
 
