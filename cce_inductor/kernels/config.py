@@ -21,11 +21,19 @@ HOPPER_BACKWARD = TileConfig(128, 256, 64, 8, 3)  # a tile of gradients needs sh
 AMPERE = TileConfig(128, 128, 32, 8, 3)
 
 
+def _is_like_hopper(capability: tuple[int, int]) -> bool:
+    """Whether a multiprocessor has some 200 KiB of shared memory, as Hopper's and Blackwell's in data centres do.
+
+    Blackwell's in workstations (12.0 and 12.1) have 99 KiB, as the smaller ones of Ampere and Ada.
+    """
+    return (9, 0) <= capability < (12, 0)
+
+
 def tile_config(capability: tuple[int, int] | None, backward: bool) -> TileConfig:
     """The configuration for 16-bit operands on a GPU of this compute capability; None is the interpreter."""
     if capability is None:
         return INTERPRETER
-    if capability < (9, 0):
+    if not _is_like_hopper(capability):
         return AMPERE
     return HOPPER_BACKWARD if backward else HOPPER
 
@@ -72,4 +80,4 @@ def product_config(capability: tuple[int, int] | None) -> ProductConfig:
     """The configuration of the sparse backward's products, by compute capability; None is the interpreter."""
     if capability is None:
         return INTERPRETER_PRODUCT
-    return HOPPER_PRODUCT if capability >= (9, 0) else AMPERE_PRODUCT
+    return HOPPER_PRODUCT if _is_like_hopper(capability) else AMPERE_PRODUCT
