@@ -21,6 +21,7 @@ import torch
 from sympy.printing.str import StrPrinter
 
 Z = sympy.Symbol("z", real=True)
+X = sympy.Symbol("x", real=True)
 
 
 class sigmoid(sympy.Function):  # noqa: N801 (sympy prints a function by its class name)
@@ -151,6 +152,23 @@ def _affine(expr: sympy.Expr) -> tuple[float, float] | None:
     return (factor * lines[0][0], factor * lines[0][1]) if len(lines) == 1 else None
 
 
+# Where the values of functions lie that have bounds.
+BOUNDS = {"tanh": sympy.AccumBounds(-1, 1), "sigmoid": sympy.AccumBounds(0, 1)}
+STEEPEST = 0.5
+
+
+def _is_bounded(expr: sympy.Expr) -> bool:
+    return type(expr).__name__ in BOUNDS
+
+
+def _largest(expr: sympy.Expr) -> float | None:
+    """The largest absolute value of an expression without z, if it is finite."""
+    if expr.free_symbols:
+        return None
+    largest = max(abs(expr.max), abs(expr.min)) if isinstance(expr, sympy.AccumBounds) else abs(expr)
+    return float(largest) if largest.is_finite else None
+
+
 @dataclass(frozen=True)
 class LogitMap:
     """x = f(z), applied to every logit; immutable, compared and hashed by its text."""
@@ -187,12 +205,30 @@ class LogitMap:
     @functools.cached_property
     def slope_bound(self) -> float | None:
         """A number that |f'| stays below or at, everywhere; None where none is found."""
-        bounds = {"tanh": sympy.AccumBounds(-1, 1), "sigmoid": sympy.AccumBounds(0, 1)}
-        slope = self.derivative.replace(lambda e: type(e).__name__ in bounds, lambda e: bounds[type(e).__name__])
-        if slope.free_symbols:
+        return _largest(self.derivative.replace(_is_bounded, lambda e: BOUNDS[type(e).__name__]))
+
+    @functools.cached_property
+    def slope_by_value(self) -> sympy.Expr | None:
+        """f' as an expression in x = f(z), where it changes by no more than half as much as x; else None.
+
+        So f' is known where x is known roughly. That is where f = a * z + c, or a * t + c with one bounded function t
+        of a line, on which f' depends: f' = 1 - (x / a)**2 of f = a * tanh(z / a), for a of 4 and more.
+        """
+        line = self.affine()
+        if line is not None:
+            return sympy.Float(line[0])
+        bounded = self.expr.find(_is_bounded)
+        if len(bounded) != 1:
             return None
-        largest = max(abs(slope.max), abs(slope.min)) if isinstance(slope, sympy.AccumBounds) else abs(slope)
-        return float(largest) if largest.is_finite else None
+        [part], t = bounded, sympy.Dummy("t", real=True)
+        value, slope = (expr.xreplace({part: t}) for expr in (self.expr, self.derivative))
+        line = None if value.has(Z) or slope.has(Z) else _affine(value.xreplace({t: Z}))
+        if line is None:
+            return None
+        factor, offset = line
+        steepness = _largest((slope.diff(t) / factor).xreplace({t: BOUNDS[type(part).__name__]}))
+        known = steepness is not None and steepness <= STEEPEST
+        return slope.xreplace({t: (X - offset) / factor}) if known else None
 
     def affine(self) -> tuple[float, float] | None:
         """(a, c) where f(z) = a * z + c, or None where f is not of that form or a is zero."""

@@ -549,16 +549,44 @@ FAULTS = [
     Fault(
         "codes: rows that are not listed count",
         "kernels/coded_gradient.py",
-        "tl.where(row_mask[:, None], dx * slope, 0.0)",
-        "dx * slope",
+        "tl.where(row_mask[:, None], dx * SLOPE_BY_VALUE(x), 0.0)",
+        "dx * SLOPE_BY_VALUE(x)",
         CODES + " -k as_close",
     ),
     Fault(
         "codes: the slope is forgotten",
         "kernels/coded_gradient.py",
-        "dx * slope, 0.0)",
+        "dx * SLOPE_BY_VALUE(x), 0.0)",
         "dx, 0.0)",
         CODES + " -k as_close",
+    ),
+    Fault(
+        "codes: the slope of a target is that of its code",
+        "kernels/coded_gradient.py",
+        "x = tl.where(hit, tl.load(target_logit + rows)[:, None], x)",
+        "x = tl.where(hit & (rows < 0)[:, None], tl.load(target_logit + rows)[:, None], x)",
+        CODES + " -k as_close",
+    ),
+    Fault(
+        "codes: a share without slopes",
+        "kernels/share.py",
+        "force += p * SLOPE_BY_VALUE(log(shares) + log_sum[:, None])",
+        "force += p",
+        CODES + " -k shares",
+    ),
+    Fault(
+        "tops: the slope of a target is that of its record",
+        "kernels/active.py",
+        "x = tl.where(of_target, target_x[None, :], x)",
+        "x = tl.where(of_target & (mass > 2.0), target_x[None, :], x)",
+        "tests/ops/test_sparse.py -k known_by",
+    ),
+    Fault(
+        "slopes by value: as of a map without an offset",
+        "logit_map.py",
+        "slope.xreplace({t: (X - offset) / factor})",
+        "slope.xreplace({t: X / factor})",
+        MAPS,
     ),
     Fault(
         "codes: logits are computed again all the same",
@@ -577,8 +605,8 @@ FAULTS = [
     Fault(
         "codes: the share of a token that is computed alone",
         "kernels/share.py",
-        "mass += tl.where(tl.arange(0, BLOCK_V)[None, :] != top[:, None], shares * scale[:, None], 0.0)",
-        "mass += tl.where(tl.arange(0, BLOCK_V)[None, :] > -2 - top[:, None], shares * scale[:, None], 0.0)",
+        "p = tl.where(tl.arange(0, BLOCK_V)[None, :] != top[:, None], shares * scale[:, None], 0.0)",
+        "p = tl.where(tl.arange(0, BLOCK_V)[None, :] > -2 - top[:, None], shares * scale[:, None], 0.0)",
         CODES,
     ),
     Fault(
@@ -654,7 +682,7 @@ FAULTS = [
     Fault(
         "in the forward: on a GPU also where codes say too little for sparse gradients",
         "ops/library.py",
-        "needs_grad_weight and (approximate_mass == 0 or logit_map.affine() is not None)",
+        "needs_grad_weight and (approximate_mass == 0 or logit_map.slope_by_value is not None)",
         "needs_grad_weight",
         GRAPH + "in_forward.py -k gpu",
     ),

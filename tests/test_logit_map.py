@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cce_inductor.compat import CLAMP_IS_FLAT_AT_BOUNDS
-from cce_inductor.logit_map import FUNCTIONS, LogitMap, Z, clamped, constant, filled
+from cce_inductor.logit_map import FUNCTIONS, STEEPEST, LogitMap, X, Z, clamped, constant, filled
 
 NUMBERS = st.floats(0.1, 8.0).map(lambda x: round(x, 3))
 
@@ -122,6 +122,40 @@ def test_constants_must_be_finite(value):
 )
 def test_affine_maps_are_known_as_such(text, affine):
     assert LogitMap.parse(text).affine() == affine
+
+
+KNOWN = ("z", "2*z + 1", "30.0*tanh(z/30.0)", "4.0*tanh(0.25*z)", "3 - 5.0*tanh(z/10.0 + 1)", "8.0*sigmoid(z/4.0) - 1")
+
+
+@pytest.mark.parametrize("text", KNOWN)
+def test_the_slope_is_that_of_the_value(text):
+    logit_map = LogitMap.parse(text)
+    z = torch.linspace(-60, 60, 501, dtype=torch.float64)
+    x, slope = logit_map.value_and_derivative(z)
+    slope = torch.ones_like(z) if slope is None else slope
+    by_value = sympy.lambdify(X, logit_map.slope_by_value)
+    torch.testing.assert_close(torch.zeros_like(z) + by_value(x), slope, rtol=0, atol=1e-14)
+    assert (by_value(x + 0.01) - slope).abs().max() <= 0.01 * (STEEPEST + 0.01)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "3.0*tanh(z/3.0)",  # too steep
+        "2.0*sigmoid(z)",
+        "tanh(0.1*z) + 0.1*z",
+        "0.1*z*tanh(z)",
+        "tanh(0.1*z)**2",
+        "9.0*tanh(z*z)",
+        "4.0*tanh(z/8.0) + 4.0*tanh(z/9.0)",
+        "where(gt(z, 1.0), 1.0, z)",
+        "9.0*tanh(where(gt(z, 1.0), 1.0, z)/9.0)",
+        "0.1*exp(z)",
+        "3.0",
+    ],
+)
+def test_slopes_that_a_value_says_too_little_of(text):
+    assert LogitMap.parse(text).slope_by_value is None
 
 
 def test_maps_are_equal_hashable_and_picklable_by_their_expression():

@@ -18,7 +18,7 @@ of them, and is listed once instead of in each tile.
 import triton
 import triton.language as tl
 
-from .pointwise import exp
+from .pointwise import exp, log
 from .tops import column_of, number_of, with_column
 
 LEAST_SHARE = tl.constexpr(0.25)  # of its tile, that the heaviest token has to have to be computed alone
@@ -34,12 +34,13 @@ def active_kernel(
     grad_lse,  # [N]
     grad_picked,  # [N]
     target,  # [N]
+    target_logit,  # [N]: x of the target, where slopes are known but not the same everywhere
     active,  # [1 + 2 * tiles, N], bool: which rows are dense; active pairs of rows that are not dense; tops
     counts,  # [1 + tiles + tiles * parts], int32, zeros before: how many there are, of tops for each part of a tile
     row_tokens,  # [N, tiles], int32: the tops of each row, by their place in the vocabulary
     row_count,  # [N], int32: how many there are
-    row_dz,  # [N, tiles]: dz of the tops of each row, where SAME_SLOPE
-    top_dz,  # [tiles, N], int32: dz of tops with their columns, where SAME_SLOPE
+    row_dz,  # [N, tiles]: dz of the tops of each row, where KNOWN
+    top_dz,  # [tiles, N], int32: dz of tops with their columns, where KNOWN
     num_rows,
     num_tiles,
     ignore_index,
@@ -47,10 +48,11 @@ def active_kernel(
     largest_piece,  # of no tile more than this is approximated
     lightest_top,  # in lighter tiles no token but the target is computed alone
     dense_share,  # a row that needs more than this share of the tiles is dense
-    slope,  # f', where SAME_SLOPE
     HAS_TARGET: tl.constexpr,
     HAS_IGNORE_INDEX: tl.constexpr,
-    SAME_SLOPE: tl.constexpr,  # whether f' is the same everywhere, so that p is all that dz depends on
+    KNOWN: tl.constexpr,  # whether f' is known from x, and so dz from what the forward recorded
+    SAME_SLOPE: tl.constexpr,  # whether f' is the same everywhere
+    SLOPE_BY_VALUE: tl.constexpr,  # the generated function f' of x
     TILE_WIDTH: tl.constexpr,  # columns of a tile
     PART: tl.constexpr,  # columns of a part of a tile
     TILES: tl.constexpr,  # a power of two, at least num_tiles
@@ -108,10 +110,15 @@ def active_kernel(
     places = rows[None, :].to(tl.int64) * num_tiles + tl.cumsum(listed, 0) - 1
     tl.store(row_tokens + places, tiles[:, None] * TILE_WIDTH + column, mask=tops)
     tl.store(row_count + rows, tl.sum(listed, 0), mask=row_mask)
-    if SAME_SLOPE:
-        dx = mass * (1.0 - rest_share) * row_grad[None, :]
+    if KNOWN:
+        p = mass * (1.0 - rest_share)
+        dx = p * row_grad[None, :]
+        x = log(p) + row_lse[None, :]
         if HAS_TARGET:
             dx += tl.where(of_target, target_grad[None, :], 0.0)
-        dz = dx * slope
+            if not SAME_SLOPE:
+                target_x = tl.load(target_logit + rows, mask=row_mask, other=0.0)
+                x = tl.where(of_target, target_x[None, :], x)
+        dz = dx * SLOPE_BY_VALUE(x)
         tl.store(row_dz + places, dz, mask=tops)
         tl.store(top_dz + offsets, with_column(dz, column, TILE_WIDTH), mask=tops)

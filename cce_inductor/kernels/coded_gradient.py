@@ -1,15 +1,16 @@
 """dz of a round's blocks from what the forward kept of their tiles, without a product (`kernels/codes.py`).
 
-    dz[n, v] = (p[n, v] * grad_lse[n] + [v == target[n]] * grad_picked[n]) * slope
+    dz[n, v] = (p[n, v] * grad_lse[n] + [v == target[n]] * grad_picked[n]) * f'(z[n, v])
 
-For maps with the same slope everywhere. `kernels/sparse.py` computes the blocks of the other tiles, and multiplies.
+f' is that of x = log(p) + lse, as far as a code tells p; only the target may have a p that codes don't tell at all, and
+a logit that is known. `kernels/sparse.py` computes the blocks of the other tiles, and multiplies.
 """
 
 import triton
 import triton.language as tl
 
 from .codes import load_shares, place_of_codes
-from .pointwise import exp
+from .pointwise import exp, log
 from .sparse import blocks_between
 from .tile import position_in_tile
 
@@ -20,6 +21,7 @@ def coded_gradient_kernel(
     codes_apart,  # the same of those from first_apart on
     tile_lse,  # [all tiles, N]
     target,  # [N]
+    target_logit,  # [N]: x of the target, unless SAME_SLOPE
     lse,  # [N]
     grad_lse,  # [N]
     grad_picked,  # [N]
@@ -33,9 +35,10 @@ def coded_gradient_kernel(
     last_kept,  # the first tile without codes
     num_rows,
     ignore_index,
-    slope,
     HAS_TARGET: tl.constexpr,
     HAS_IGNORE_INDEX: tl.constexpr,
+    SAME_SLOPE: tl.constexpr,  # whether f' is the same everywhere
+    SLOPE_BY_VALUE: tl.constexpr,  # the generated function f' of x
     SLOT: tl.constexpr,  # rows of a slot
     BLOCK_N: tl.constexpr,  # rows at a time, a divisor of SLOT
     BLOCK_V: tl.constexpr,
@@ -61,16 +64,20 @@ def coded_gradient_kernel(
         rows = tl.maximum(listed, 0)
         kept, tile_there = place_of_codes(codes, codes_apart, first_apart, tile)
         shares = load_shares(kept, tile_there, rows, row_mask, num_rows, BLOCK_V)
-        mass = exp(tl.load(tile_lse + tile.to(tl.int64) * num_rows + rows) - tl.load(lse + rows))
+        log_sum = tl.load(tile_lse + tile.to(tl.int64) * num_rows + rows)
+        mass = exp(log_sum - tl.load(lse + rows))
         dx = shares * (mass * tl.load(grad_lse + rows))[:, None]
+        x = log(shares) + log_sum[:, None]
         if HAS_TARGET:
             targets = tl.load(target + rows)
             position, inside = position_in_tile(targets, tile * BLOCK_V, ignore_index, HAS_IGNORE_INDEX, BLOCK_V)
             target_grad = tl.load(grad_picked + rows, mask=inside, other=0.0)
             hit = tl.arange(0, BLOCK_V)[None, :] == position[:, None]
             dx += tl.where(hit, target_grad[:, None], 0.0)
+            if not SAME_SLOPE:
+                x = tl.where(hit, tl.load(target_logit + rows)[:, None], x)
         # what lies outside of the logits must not add to the products
-        gradient = tl.where(row_mask[:, None], dx * slope, 0.0)
+        gradient = tl.where(row_mask[:, None], dx * SLOPE_BY_VALUE(x), 0.0)
         block_rows = (block.to(tl.int64) * SLOT + piece) * BLOCK_V
         offsets = tl.multiple_of(block_rows[:, None], (1, 16)) + tl.arange(0, BLOCK_V)[None, :]
         tl.store(dz + offsets, gradient.to(dz.dtype.element_ty))

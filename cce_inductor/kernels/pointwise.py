@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LEAST_NORMAL = tl.constexpr(2.0**-126)
 LEAST_LOG = tl.constexpr(-1000.0)  # the exponential of anything below is zero
 
 
@@ -14,6 +15,12 @@ LEAST_LOG = tl.constexpr(-1000.0)  # the exponential of anything below is zero
 def exp(x):
     """One multiplication and one instruction; `tl.exp` spends three more to keep results below 2**-126."""
     return tl.exp2(x * LOG2_E)
+
+
+@triton.jit
+def log(x):
+    """Of a number that is not negative; of zero as of the least that is normal."""
+    return tl.log2(tl.maximum(x, LEAST_NORMAL)) / LOG2_E
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .codes import load_shares, place_of_codes
-from .pointwise import exp
+from .pointwise import exp, log
 from .tile import preactivations
 from .tops import column_of
 
@@ -138,7 +138,8 @@ def coded_share_kernel(
     num_tiles,
     number,
     first_apart,
-    slope,  # f', the same everywhere
+    SAME_SLOPE: tl.constexpr,  # whether f' is the same everywhere
+    SLOPE_BY_VALUE: tl.constexpr,  # the generated function f' of x
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -146,18 +147,24 @@ def coded_share_kernel(
     tile = tl.program_id(0)
     kept, tile_there = place_of_codes(codes, codes_apart, first_apart, tile)
     mass = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
+    force = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
     for first in range(0, tl.where(tl.load(skips + tile), number, 0), BLOCK_N):
         rows, row_mask, scale, top = _of_sample(
             sample, grad_lse, skipped_mass, active, tile_top, first, number, tile, num_rows, num_tiles,
             BLOCK_N, BLOCK_V,
         )  # fmt: skip
         shares = load_shares(kept, tile_there, rows, row_mask, num_rows, BLOCK_V)
-        scale = scale * exp(tl.load(tile_lse + tile.to(tl.int64) * num_rows + rows) - tl.load(lse + rows))
-        mass += tl.where(tl.arange(0, BLOCK_V)[None, :] != top[:, None], shares * scale[:, None], 0.0)
+        log_sum = tl.load(tile_lse + tile.to(tl.int64) * num_rows + rows)
+        scale = scale * exp(log_sum - tl.load(lse + rows))
+        p = tl.where(tl.arange(0, BLOCK_V)[None, :] != top[:, None], shares * scale[:, None], 0.0)
+        mass += p
+        if not SAME_SLOPE:
+            force += p * SLOPE_BY_VALUE(log(shares) + log_sum[:, None])
     of_column = tl.sum(mass, 0)
     tile_mass = tl.sum(of_column, 0)
+    of_force = of_column * SLOPE_BY_VALUE(of_column) if SAME_SLOPE else tl.sum(force, 0)
     columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-    spread = tl.where(tile_mass > 0.0, of_column * slope / tile_mass, 0.0)
+    spread = tl.where(tile_mass > 0.0, of_force / tile_mass, 0.0)
     tl.store(share + columns, spread, mask=columns < num_columns)
 
 

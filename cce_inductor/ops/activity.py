@@ -9,7 +9,7 @@ from ..kernels.config import product_config, tile_config
 from ..options import Options
 from . import cuda
 from .launch import device_properties
-from .problem import Problem
+from .problem import Problem, RowGradients
 from .row_lists import Active
 
 
@@ -36,7 +36,9 @@ def activity(hidden: Tensor, weight: Tensor, target: Tensor, approximate_mass: f
     tiles, rows = results.tile_lse.shape
     capability = device_properties(hidden.device)[0]
     config, part = tile_config(capability, backward=True), product_config(capability).part
-    active = Active.of(problem, results.lse, results.tiles, grad, -grad, config.block_v, part)
+    active = Active.of(
+        problem, results.lse, results.tiles, RowGradients(grad, -grad, torch.zeros_like(grad)), config.block_v, part
+    )
     dense, own, tops = (pairs.sum().item() for pairs in active.pairs.split([1, tiles, tiles]))
     slots = -(-active.counts[: 1 + tiles] // config.block_n)
     blocks = (slots[1:].sum() + slots[0] * tiles).item()

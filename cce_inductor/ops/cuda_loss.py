@@ -60,4 +60,5 @@ def _loss_and_row_gradients(problem: Problem, results: Reductions, coefficient: 
     losses = coefficient * (results.lse - results.picked)
     if (counts := problem.counts) is not None:
         coefficient, losses = (torch.where(counts, vector, 0.0) for vector in (coefficient, losses))
-    return losses.sum(), RowGradients(coefficient, -coefficient, torch.zeros_like(coefficient))
+    zeros = torch.zeros_like(coefficient)
+    return losses.sum(), RowGradients(coefficient, -coefficient, zeros, target_logit=results.picked)

@@ -57,6 +57,14 @@ def vocabulary_arguments(problem: Problem, columns: slice) -> dict[str, Any]:
     }
 
 
+def slope_arguments(problem: Problem) -> dict[str, Any]:
+    """What kernels that compute no logits are told of f'."""
+    return {
+        "SAME_SLOPE": problem.logit_map.affine() is not None,
+        "SLOPE_BY_VALUE": template.load(problem.logit_map).slope_by_value,
+    }
+
+
 def gradient_arguments(problem: Problem, lse: Tensor, grads: RowGradients, rows: slice) -> dict[str, Any]:
     """What kernels that compute the gradient of logits are told of some rows."""
     here = grads.map(lambda vector: vector[rows])

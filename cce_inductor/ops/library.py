@@ -78,11 +78,11 @@ def pays_in_forward(
     """Whether `scaled_loss` is the faster way, where both can be taken.
 
     Always where no Triton kernel computes the logits. Where one does, if the weight has a gradient, in whose memory
-    something of the logits is kept: a sparse backward can use that only if the map has the same slope everywhere.
+    something of the logits is kept: a sparse backward can use that only if it tells the slope of the map.
     float16 is left out: a gradient that is not yet multiplied by a gradient scaler's factor would underflow.
     """
     if compute_dtype == torch.bfloat16:
-        kept = needs_grad_weight and (approximate_mass == 0 or logit_map.affine() is not None)
+        kept = needs_grad_weight and (approximate_mass == 0 or logit_map.slope_by_value is not None)
         return device.type == "cpu" or (device.type == "cuda" and kept)
     return compute_dtype in (torch.float32, torch.float64)
 

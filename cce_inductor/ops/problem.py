@@ -41,7 +41,7 @@ class Reductions(NamedTuple):
 
 
 class RowGradients(NamedTuple):
-    """What a backward starts from: the gradients of the results, [N] each, and the results that two of them refer to.
+    """What a backward starts from: the gradients of the results, [N] each, and the results that some of them refer to.
 
     None stands for zeros that need no work.
     """
@@ -53,6 +53,7 @@ class RowGradients(NamedTuple):
     entropy: Tensor | None = None
     argmax: Tensor | None = None  # with a gradient of the maximum
     row_entropy: Tensor | None = None  # with a gradient of the entropy
+    target_logit: Tensor | None = None  # the result picked, where a sparse backward can have it
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "RowGradients":
         """The same of each vector that there is."""

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ..kernels.active import active_kernel
 from ..kernels.lists import lists_kernel, rounds_kernel, skipped_kernel
-from .launch import ignore_arguments
-from .problem import Problem, Tiles
+from .launch import ignore_arguments, slope_arguments
+from .problem import Problem, RowGradients, Tiles
 
 # A row that needs more than this share of the tiles is dense: all tiles are computed for it, but their products for
 # the hidden states' gradient are summed in registers. Additions in memory cost as much as everything else together.
@@ -33,7 +33,7 @@ class Active:
     counts: Tensor  # [lists], int32: how many there are, of tops for each part of a tile
     row_tokens: Tensor  # [N, tiles], int32: the tops of each row, by their place in the vocabulary
     row_count: Tensor  # [N], int32: how many there are
-    row_dz: Tensor | None  # [N, tiles]: dz of the tops of each row; None where the records do not tell slopes
+    row_dz: Tensor | None  # [N, tiles]: dz of the tops of each row; None where slopes are not known
     top_dz: Tensor  # [tiles, N], int32: the same with their columns, still to be written where row_dz is None
 
     @classmethod
@@ -42,21 +42,22 @@ class Active:
         problem: Problem,
         lse: Tensor,
         tiles: Tiles,
-        grad_lse: Tensor,
-        grad_picked: Tensor,
+        grads: RowGradients,
         tile_width: int,
         part: int,
         tops: bool = True,
     ) -> "Active":
         """part: columns of a part of a tile. tops: whether tokens may be computed alone."""
         count, num_rows = tiles.lse.shape
-        affine = problem.logit_map.affine()
+        slopes = slope_arguments(problem)
+        by_value = problem.logit_map.slope_by_value is not None
+        known = by_value and (slopes["SAME_SLOPE"] or grads.target_logit is not None)
         active = cls(
             pairs=torch.empty(1 + 2 * count, num_rows, dtype=torch.bool, device=lse.device),
             counts=torch.zeros(1 + count + count * tile_width // part, dtype=torch.int32, device=lse.device),
             row_tokens=torch.empty(num_rows, count, dtype=torch.int32, device=lse.device),
             row_count=torch.empty(num_rows, dtype=torch.int32, device=lse.device),
-            row_dz=None if affine is None else tiles.lse.new_empty(num_rows, count),
+            row_dz=tiles.lse.new_empty(num_rows, count) if known else None,
             top_dz=torch.empty(count, num_rows, dtype=torch.int32, device=lse.device),
         )
         all_tiles = triton.next_power_of_2(count)
@@ -65,9 +66,10 @@ class Active:
             tile_lse=tiles.lse,
             tile_top=tiles.top,
             lse=lse,
-            grad_lse=grad_lse,
-            grad_picked=grad_picked,
+            grad_lse=grads.lse,
+            grad_picked=grads.picked,
             target=problem.target,
+            target_logit=grads.target_logit,
             active=active.pairs,
             counts=active.counts,
             row_tokens=active.row_tokens,
@@ -81,8 +83,8 @@ class Active:
             largest_piece=problem.approximate_mass * _largest_piece(problem.vocab_size),
             lightest_top=problem.approximate_mass**2 * TOP_PART if tops else float("inf"),
             dense_share=DENSE_SHARE,
-            slope=None if affine is None else affine[0],
-            SAME_SLOPE=affine is not None,
+            **slopes,
+            KNOWN=known,
             HAS_TARGET=problem.target is not None,
             TILE_WIDTH=tile_width,
             PART=part,

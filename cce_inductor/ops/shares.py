@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..kernels.share import coded_share_kernel, sample_kernel, share_kernel, skipped_weight_kernel
 from .kept_tiles import KeptTiles
+from .launch import slope_arguments
 from .problem import Tiles
 from .row_lists import Active, Skipped
 from .sparse_operands import SparseOperands
@@ -49,7 +50,7 @@ def of_columns(
             tile_lse=tiles.lse,
             num_columns=problem.vocab_size,
             number=len(sample),
-            slope=operands.slope(),
+            **slope_arguments(problem),
             BLOCK_N=coded_config.block_n,
             BLOCK_V=coded_config.block_v,
             num_warps=coded_config.num_warps,

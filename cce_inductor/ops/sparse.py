@@ -27,7 +27,7 @@ from ..kernels.sparse import (
 from ..kernels.top_gradient import top_hidden_kernel, top_weight_kernel
 from . import shares
 from .kept_tiles import KeptTiles
-from .launch import Rounds, ignore_arguments, l2_cache_bytes
+from .launch import Rounds, ignore_arguments, l2_cache_bytes, slope_arguments
 from .problem import Problem, RowGradients, Tiles
 from .row_lists import Active, RowLists, Skipped
 from .sparse_operands import SparseOperands
@@ -52,8 +52,8 @@ def worthwhile(problem: Problem, needs_grad: list[bool]) -> bool:
 
 
 def keeps_codes(problem: Problem) -> bool:
-    """Whether codes that the forward keeps say enough: not where a logit's slope depends on the logit."""
-    return problem.logit_map.affine() is not None
+    """Whether codes that the forward keeps say enough, of slopes too."""
+    return problem.logit_map.slope_by_value is not None
 
 
 def backward(
@@ -71,7 +71,7 @@ def backward(
     grad_weight: to be written.
     """
     kept = kept or KeptTiles()
-    sparse = _SparseBackward(problem, lse, tiles, grads.lse, grads.picked, needs_grad[0], kept)
+    sparse = _SparseBackward(problem, lse, tiles, grads, needs_grad[0], kept)
     grad_hidden, grad_bias = (problem.hidden.new_empty(0) for _ in range(2))
     if grad_weight is None:
         grad_weight = problem.weight.new_empty(problem.weight.shape if needs_grad[1] else 0)
@@ -114,24 +114,23 @@ class _SparseBackward(SparseOperands):
         problem: Problem,
         lse: Tensor,
         tiles: Tiles,
-        grad_lse: Tensor,
-        grad_picked: Tensor,
+        grads: RowGradients,
         want_hidden: bool,
         kept: KeptTiles,
     ) -> None:
         super().__init__(problem)
-        self.lse, self.grad_lse, self.grad_picked = lse, grad_lse, grad_picked
+        self.lse, self.grads = lse, grads
         block_n, block_v = self.config.block_n, self.config.block_v
         self.tile_lse, self.tiles, self.kept = tiles.lse, len(tiles.lse), kept
         blocks = blocks_of_a_round(problem, self.config, self.products, self.processors, kept.bytes_apart)
         part = self.products.part
-        active = Active.of(problem, lse, tiles, grad_lse, grad_picked, block_v, part, tops=_compensates)
+        active = Active.of(problem, lse, tiles, grads, block_v, part, tops=_compensates)
         self.lists = RowLists.of(active, tiles, block_n, blocks, block_v, part)
-        self.skipped = Skipped.of(problem, lse, tiles, grad_lse, active, block_v)
+        self.skipped = Skipped.of(problem, lse, tiles, grads.lse, active, block_v)
         if not _compensates:
             self.skipped.mass.zero_()
         self.dense_hidden = self._dense_hidden()
-        self.share = shares.of_columns(self, self.kept, lse, grad_lse, active, tiles, self.skipped)
+        self.share = shares.of_columns(self, self.kept, lse, grads.lse, active, tiles, self.skipped)
         self.skipped_weight, self.weight_peak = shares.of_weight(self, self.share)
         self._compute_tops(active, want_hidden)
         del active  # the workspace takes its memory
@@ -215,11 +214,12 @@ class _SparseBackward(SparseOperands):
             tile_lse=self.tile_lse,
             **self._rows(),
             **self._targets(),
+            **slope_arguments(self.problem),
+            target_logit=self.grads.target_logit,
             dz=self.dz,
             slot_tile=self.lists.slot_tile,
             last_kept=self.kept.first_left,
             num_rows=self.problem.num_rows,
-            slope=self.slope(),
             SLOT=self.config.block_n,
             BLOCK_N=config.block_n,
             BLOCK_V=config.block_v,
@@ -343,7 +343,7 @@ class _SparseBackward(SparseOperands):
 
     def _rows(self) -> dict[str, Any]:
         """What a kernel is told of each row."""
-        return {"lse": self.lse, "grad_lse": self.grad_lse, "grad_picked": self.grad_picked}
+        return {"lse": self.lse, "grad_lse": self.grads.lse, "grad_picked": self.grads.picked}
 
     def _targets(self) -> dict[str, Any]:
         """The arguments of a kernel that looks at targets."""

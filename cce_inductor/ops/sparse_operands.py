@@ -38,12 +38,6 @@ class SparseOperands:
             "USE_TMA": self.tma,
         }
 
-    def slope(self) -> float:
-        """Of the logit map, where it is the same everywhere."""
-        affine = self.problem.logit_map.affine()
-        assert affine is not None
-        return affine[0]
-
     def logits(self) -> dict[str, Any]:
         """The arguments of a kernel that computes logits."""
         config = self.config

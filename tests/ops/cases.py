@@ -77,11 +77,11 @@ class Case:
         results = ["lse", "picked", "total", *["maximum"] * self.max, *["entropy"] * self.entropy]
         return [*results, "grad_hidden", "grad_weight", *["grad_bias"] * self.bias]
 
-    def row_gradients(self, results=None):
+    def row_gradients(self, results=None, target_logit=None):
         """What a backward starts from, after a forward that gave these results."""
         grad_lse, *others = (g.contiguous() for g in self.grads)
         if results is None:
-            return RowGradients(grad_lse, *others[:2])
+            return RowGradients(grad_lse, *others[:2], target_logit=target_logit)
         return RowGradients(
             grad_lse * torch.exp(-results.lse_rest),
             *others[:2],

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from cce_inductor.compat import FakeTensorMode
 from cce_inductor.kernels import active as active_rules
+from cce_inductor.logit_map import LogitMap
 from cce_inductor.ops import cuda, row_lists, shares, sparse
 from cce_inductor.ops.kept_tiles import KeptTiles
 from cce_inductor.ops.library import vocab_reductions
-from cce_inductor.ops.problem import Problem, Reductions, Tiles, evenly_spaced
+from cce_inductor.ops.problem import Problem, Reductions, RowGradients, Tiles, evenly_spaced
 from cce_inductor.ops.row_lists import (
     LARGEST_PIECE,
     OF_SMALL_VOCABULARY,
@@ -66,11 +67,19 @@ def recorded(case, problem):
     return Tiles(lse.float(), (rests.float().view(torch.int32) & -TILE_WIDTH) | columns.int())
 
 
+def target_logits(case):
+    """x of the targets, [N]; zero where a row has none."""
+    bias = 0.0 if case.bias_vector is None else case.bias_vector.double()
+    x = LogitMap.parse(case.logit_map)(case.hidden.double() @ case.weight.double().T + bias)
+    counts = case.targets != case.ignore_index
+    return torch.where(counts, x.gather(1, case.targets.clamp(min=0)[:, None])[:, 0], 0.0).float()
+
+
 def all_active(problem, lse, tiles, grads, tops=True):
     """What each row needs, with no row dense."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(row_lists, "DENSE_SHARE", 1.0)
-        return Active.of(problem, lse, tiles, grads[0], grads[1], TILE_WIDTH, PART, tops)
+        return Active.of(problem, lse, tiles, RowGradients(*grads[:2], total=grads[0]), TILE_WIDTH, PART, tops)
 
 
 def active_and_tops(active):
@@ -123,7 +132,7 @@ def test_the_kernel_takes_the_same_sample(holds, count):
 def specified(case, problem, lse, tiles, dense_share):
     """The gradients of hidden and weight in float64, as `kernels/sparse.py` and `kernels/share.py` specify them.
 
-    Then the sums of the absolute values of what is added up there.
+    Then the sums of the absolute values of what is added up there, with the largest slopes that there are.
     """
     grads = [grad.double() for grad in case.grads[:2]]
     counts = case.targets != case.ignore_index
@@ -147,12 +156,12 @@ def specified(case, problem, lse, tiles, dense_share):
     share = (weights * p[sample] * slope[sample]).sum(0) / ((weights * p[sample]).sum(0) @ in_tile)[tile_of]
     share = torch.where(share.isfinite() & (rest != 0).any(0), share, 0.0)
 
-    kept = torch.where(computed, p * grads[0][:, None], 0.0) * slope
-    kept += (rest * grads[0][:, None] @ in_tile)[:, tile_of] * share
+    kept = torch.where(computed, p * grads[0][:, None], 0.0)
+    skipped = (rest * grads[0][:, None] @ in_tile)[:, tile_of] * share
     picked = torch.zeros_like(kept)
     picked[counts, case.targets[counts]] = grads[1][counts]
-    picked *= slope
-    dz, size = kept + picked, kept.abs() + picked.abs()
+    dz = (kept + picked) * slope + skipped
+    size = (kept.abs() + picked.abs()) * slope.abs().max() + skipped.abs()
     return dz @ weight, dz.T @ hidden, size @ weight.abs(), size.T @ hidden.abs()
 
 
@@ -168,12 +177,28 @@ def specified(case, problem, lse, tiles, dense_share):
     seed=st.integers(0, 99),
 )
 def test_the_gradients_are_the_specified_ones(rows, vocab, width, logit_map, bias, mass, dense_share, seed):
-    case = make(rows, vocab, width, logit_map=logit_map, bias=bias, seed=seed)
+    assert_as_specified(make(rows, vocab, width, logit_map=logit_map, bias=bias, seed=seed), mass, dense_share)
+
+
+@settings(max_examples=5)
+@given(
+    logit_map=st.sampled_from(["5.0*tanh(z/5.0)", "30.0*tanh(z/30.0)", "1.0 - 6.0*sigmoid(z/3.0)"]),
+    mass=st.sampled_from([2**-5, 2**-2]),
+    seed=st.integers(0, 99),
+)
+def test_slopes_that_are_known_by_logits_are_the_specified_ones(logit_map, mass, seed):
+    """In the forward the logits of targets are at hand, which tells the last of the slopes."""
+    case = make(64, 150, 24, logit_map=logit_map, bias=True, seed=seed)
+    assert_as_specified(case, mass, 0.6, target_logit=target_logits(case))
+
+
+def assert_as_specified(case, mass, dense_share, target_logit=None):
     problem = case.problem(approximate_mass=mass)
     lse, tiles = cuda.forward(problem)[0], recorded(case, problem)
+    grads = case.row_gradients(target_logit=target_logit)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(row_lists, "DENSE_SHARE", dense_share)
-        gradients = sparse.backward(problem, lse, tiles, case.row_gradients(), [True, True, False])[:2]
+        gradients = sparse.backward(problem, lse, tiles, grads, [True, True, False])[:2]
     *wanted, of_hidden, of_weight = specified(case, problem, lse, tiles, dense_share)
     # the share of a tile without a token, and the token's dz, give five bits to its place
     cut_off = 2 * TILE_WIDTH * torch.finfo(torch.float32).eps
@@ -346,7 +371,7 @@ def test_a_token_is_computed_alone_where_it_stands_out(weight, share, computed):
 def test_a_small_workspace_takes_no_more_than_so_many_rounds():
     case = make(70, 200 * TILE_WIDTH, 8)
     problem = case.problem(approximate_mass=2**-3, workspace_bytes=1)
-    operands = cuda.forward(problem)[0], recorded(case, problem), *case.grads[:2]
+    operands = cuda.forward(problem)[0], recorded(case, problem), case.row_gradients()
     lists = sparse._SparseBackward(problem, *operands, want_hidden=True, kept=KeptTiles()).lists
     assert 1 < lists.rounds <= MOST_ROUNDS
 
@@ -399,7 +424,7 @@ def test_lists_hold_each_needed_pair_once_and_rounds_fit_in_the_workspace(rows, 
     most = row_lists.most_blocks_of_a_tile(rows, TILE_ROWS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(row_lists, "DENSE_SHARE", dense_share)
-        active = Active.of(problem, lse, tiles, case.grads[0], case.grads[1], TILE_WIDTH, PART)
+        active = Active.of(problem, lse, tiles, RowGradients(*case.grads[:3]), TILE_WIDTH, PART)
     lists = RowLists.of(active, tiles, TILE_ROWS, most + extra, TILE_WIDTH, PART)
     skipped = Skipped.of(problem, lse, tiles, case.grads[0], active, TILE_WIDTH)
     dense, *listed = active.pairs
