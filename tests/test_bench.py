@@ -73,11 +73,28 @@ def test_every_method_can_be_made_or_says_why_not():
     reasons = {}
     for name, method in methods.METHODS.items():
         try:
-            assert callable(method.make()), name
+            assert callable(method.make(None)), name
         except methods.UnavailableError as error:
             reasons[name] = str(error)
     assert not reasons.keys() & {*MEASURED, "eager", "cce-exact", "cce-approx"}
     assert all(re.match(r"not installed: |torch .* has no ", reason) for reason in reasons.values()), reasons
+
+
+def test_logits_may_be_capped(monkeypatch, tmp_path):
+    names = "compile,cce-direct,liger"
+    figures = run(monkeypatch, tmp_path, f"--shapes 64,128,16 --methods {names} --softcap 3 --seconds 0 --dtype fp32")
+    _, compiled, ours, liger = figures["results"]
+    assert liger["skipped"] == "it knows no soft cap"
+    for row in (compiled, ours):
+        assert row["data"] == "trained, logits capped at 3"
+        assert all(0 <= row[key] < 1e-5 for key in ("loss_error", "hidden_error", "weight_error"))
+
+
+@pytest.mark.parametrize("what", ["--scaling --softcap 3", "--describe --softcap 3", "--softcap 0"])
+def test_a_cap_that_would_not_be_heeded_is_refused(what, monkeypatch, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, tmp_path, f"--shapes 64,128,16 {what}")
+    assert "cap" in capsys.readouterr().err
 
 
 def test_masked_rows_are_compared_with_none_masked(monkeypatch, tmp_path):
@@ -99,7 +116,7 @@ def test_a_method_that_fails_is_a_row_with_the_reason(monkeypatch, tmp_path):
     def fail(*_):
         raise RuntimeError("does not run here\nand more")
 
-    monkeypatch.setitem(methods.METHODS, "eager", methods.Method(lambda: fail, ""))
+    monkeypatch.setitem(methods.METHODS, "eager", methods.Method(lambda softcap: fail, ""))
     figures = run(monkeypatch, tmp_path, "--shapes 64,128,16 --methods eager,cce-direct --seconds 0")
     _, failed, measured = figures["results"]
     assert failed["skipped"] == "RuntimeError: does not run here"
@@ -135,7 +152,7 @@ def test_scaling_does_not_retry_what_ran_out_of_memory(monkeypatch, tmp_path):
         calls.append(0)
         raise torch.OutOfMemoryError
 
-    monkeypatch.setitem(methods.METHODS, "eager", methods.Method(lambda: exhausted, ""))
+    monkeypatch.setitem(methods.METHODS, "eager", methods.Method(lambda softcap: exhausted, ""))
     figures = run(monkeypatch, tmp_path, "--scaling --shapes 2048,4160,16 --methods eager")
     assert [row["skipped"] for row in figures["results"][:2]] == ["out of memory", "out of memory with less"]
     assert len(calls) == 2  # once in each sweep
@@ -203,14 +220,18 @@ def test_a_head_from_a_file_is_what_is_measured(monkeypatch, tmp_path):
     assert (row["rows"], row["vocab"], row["width"], row["data"]) == (24, 40, 8, "head.safetensors")
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("masked", [0.0, 0.6])
-def test_the_reference_is_the_gradient_of_the_loss(masked, monkeypatch):
+def test_the_reference_is_the_gradient_of_the_loss(masked, softcap, monkeypatch):
     monkeypatch.setattr(measure, "CHUNK_ELEMENTS", 300)  # chunks of a few rows, the last one shorter
     hidden, weight, target = make_data("trained", Shape(20, 96, 48), torch.float64, "cpu")
     target = mask_targets(target, masked)
-    reference = Reference.of(hidden, weight, target)
+    reference = Reference.of(hidden, weight, target, softcap)
     inputs = (hidden.requires_grad_(), weight.requires_grad_(), target)
-    loss = torch.nn.functional.cross_entropy(hidden @ weight.T, target)
+    logits = hidden @ weight.T
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    loss = torch.nn.functional.cross_entropy(logits, target)
     gradients = torch.autograd.grad(loss, inputs[:2])
     assert reference.loss == pytest.approx(loss.item(), rel=1e-12)
     torch.testing.assert_close(reference.grad_hidden, gradients[0])

@@ -38,6 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=_names(DATA), default=["trained"], help=f"of {', '.join(DATA)}")
     parser.add_argument("--head", type=Path, help="safetensors with hidden, classifier and targets, instead of shapes")
     parser.add_argument("--masked", type=_shares, default=[0.0], help="shares of rows with ignore_index, e.g. 0,0.6")
+    parser.add_argument("--softcap", type=float, metavar="C", help="of logits, by C * tanh(logits / C)")
     parser.add_argument("--methods", type=_names(METHODS), help="default: all; --scaling and --train: a few")
     parser.add_argument("--models", type=_names(MODELS), default=["gpt2-small", "llama-0.5b"], help="for --train")
     parser.add_argument("--batch", type=int, default=8, help="sequences a step, for --train")
@@ -50,6 +51,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write the figures there, after each row")
     parser.add_argument("--png", type=Path, help="draw time against memory there")
     arguments = parser.parse_args()
+    if arguments.softcap is not None:
+        if arguments.scaling or arguments.train or arguments.compile_time or arguments.describe:
+            parser.error("--softcap is for heads, not for --scaling, --train, --compile-time, --describe")
+        if arguments.softcap <= 0:
+            parser.error("a soft cap is a positive number")
     try:
         arguments.shapes = [shape for text in arguments.shapes for shape in parse_shapes(text)]
     except ValueError as error:
@@ -122,9 +128,10 @@ def _rows_and_line(arguments: argparse.Namespace) -> tuple[Iterable[Row], Callab
 def cases(arguments: argparse.Namespace) -> list[Case]:
     if arguments.head:
         nothing = Shape(0, 0, 0)
-        return [Case(nothing, arguments.head.name, masked, arguments.head) for masked in arguments.masked]
+        of_head = nothing, arguments.head.name
+        return [Case(*of_head, masked, arguments.head, arguments.softcap) for masked in arguments.masked]
     return [
-        Case(shape, data, masked)
+        Case(shape, data, masked, softcap=arguments.softcap)
         for shape in arguments.shapes
         for data in arguments.data
         for masked in arguments.masked

@@ -15,7 +15,7 @@ from ..ops.activity import activity
 from . import measure
 from .data import make_data, mask_targets, read_head
 from .measure import Inputs, Reference
-from .methods import BASELINE, METHODS, Method, UnavailableError
+from .methods import BASELINE, METHODS, Method, UnavailableError, logit_map
 from .shapes import Shape
 
 Row = dict[str, Any]
@@ -40,12 +40,13 @@ class Budget:
 
 @dataclass(frozen=True)
 class Case:
-    """One problem. head: a file to read hidden, weight and target from, instead of making them."""
+    """One problem. head: a file to read hidden, weight and target from, instead of making them. softcap: of logits."""
 
     shape: Shape
     data: str
     masked: float
     head: Path | None = None
+    softcap: float | None = None
 
     def inputs(self, dtype: torch.dtype, device: str) -> Inputs:
         """(hidden, weight, target) on the device, the first two with requires_grad."""
@@ -58,7 +59,8 @@ class Case:
 
     def about(self, inputs: Inputs) -> Row:
         (rows, width), vocab = inputs[0].shape, inputs[1].shape[0]
-        return {"rows": rows, "vocab": vocab, "width": width, "data": self.data, "masked": self.masked}
+        data = self.data if self.softcap is None else f"{self.data}, logits capped at {self.softcap:g}"
+        return {"rows": rows, "vocab": vocab, "width": width, "data": data, "masked": self.masked}
 
 
 def run(
@@ -82,12 +84,14 @@ def _run_case(
     case: Case, names: list[str], dtype: torch.dtype, device: str, seconds: float, budget: Budget
 ) -> Iterator[Row]:
     inputs = case.inputs(dtype, device)
-    reference = Reference.of(*(tensor.detach() for tensor in inputs))
+    hidden, weight, target = (tensor.detach() for tensor in inputs)
+    reference = Reference.of(hidden, weight, target, case.softcap)
     about = case.about(inputs)
-    product, ceiling = measure.bare_product(inputs[0], inputs[1], seconds)
+    product, ceiling = measure.bare_product(hidden, weight, seconds)
     yield about | {"method": BARE, "tflops": ceiling} | _timed("forward", product)
     for name in names:
-        yield about | {"method": name} | attempt(budget, _measure, METHODS[name], inputs, reference, seconds, ceiling)
+        measured = attempt(budget, _measure, METHODS[name], case.softcap, inputs, reference, seconds, ceiling)
+        yield about | {"method": name} | measured
 
 
 def attempt(budget: Budget, measurement: Callable[..., Row], *arguments: Any) -> Row:
@@ -106,9 +110,11 @@ def attempt(budget: Budget, measurement: Callable[..., Row], *arguments: Any) ->
         return {"skipped": f"{type(error).__name__}: {reason[0][:200]}"}
 
 
-def _measure(method: Method, inputs: Inputs, reference: Reference, seconds: float, ceiling: float) -> Row:
+def _measure(
+    method: Method, softcap: float | None, inputs: Inputs, reference: Reference, seconds: float, ceiling: float
+) -> Row:
     device = inputs[0].device.type
-    loss = method.make()
+    loss = method.make(softcap)
 
     def both() -> tuple[Tensor, Tensor, Tensor]:
         return measure.forward_and_backward(loss, inputs)
@@ -129,7 +135,7 @@ def _measure(method: Method, inputs: Inputs, reference: Reference, seconds: floa
     if method.ours:
         if reports:
             row["rewrites"] = sum(len(report.rewritten) for report in reports)
-        if (active := activity(*inputs, method.approximate_mass)) is not None:
+        if (active := activity(*inputs, method.approximate_mass, logit_map(softcap))) is not None:
             row |= {f"active_{name}": share for name, share in active._asdict().items()}
     return row | errors
 

@@ -130,8 +130,8 @@ class Reference:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, hidden: Tensor, weight: Tensor, target: Tensor) -> "Reference":
-        """A few rows at a time: no N x V tensor."""
+    def of(cls, hidden: Tensor, weight: Tensor, target: Tensor, softcap: float | None = None) -> "Reference":
+        """A few rows at a time: no N x V tensor. softcap: c of c * tanh(logits / c)."""
         kept = torch.float32 if hidden.dtype.itemsize == 2 else torch.float64
         wide = weight.double()
         counts = target != IGNORED
@@ -143,11 +143,16 @@ class Reference:
             chunk = slice(start, start + rows)
             h, scale = hidden[chunk].double(), counts[chunk, None].double() / number
             label = target[chunk, None].clamp_min(0)
-            log_p = torch.log_softmax(h @ wide.T, 1)
+            logits = h @ wide.T
+            if softcap is not None:
+                logits = logits.div_(softcap).tanh_().mul_(softcap)
+            log_p = torch.log_softmax(logits, 1)
             total -= (log_p.gather(1, label) * scale).sum()
             dz = log_p.exp_()
             dz.scatter_add_(1, label, dz.new_full((), -1.0).expand(label.shape))
             dz *= scale
+            if softcap is not None:
+                dz *= 1 - (logits / softcap) ** 2
             grad_hidden[chunk] = dz @ wide
             grad_weight.addmm_(dz.T, h)
         return cls(total.item(), grad_hidden, grad_weight.to(kept))

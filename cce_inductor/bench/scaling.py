@@ -65,7 +65,7 @@ def _at(
 
 
 def _measure(name: str, inputs: Inputs, seconds: float) -> Row:
-    loss, device = METHODS[name].make(), inputs[0].device.type
+    loss, device = METHODS[name].make(None), inputs[0].device.type
     measure.forward_and_backward(loss, inputs)
     peak = measure.peak_mib(lambda: measure.forward_and_backward(loss, inputs), device)
     taken = measure.times(lambda: measure.forward_and_backward(loss, inputs), device, seconds)

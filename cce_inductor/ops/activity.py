@@ -1,11 +1,13 @@
 """What the sparse backward computes of a problem: for benchmarks and curious users. Waits for the GPU."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..kernels.config import product_config, tile_config
+from ..logit_map import LogitMap
 from ..options import Options
 from . import cuda
 from .launch import device_properties
@@ -22,13 +24,16 @@ class Activity(NamedTuple):
 
 
 @torch.no_grad()
-def activity(hidden: Tensor, weight: Tensor, target: Tensor, approximate_mass: float | None = None) -> Activity | None:
+def activity(
+    hidden: Tensor, weight: Tensor, target: Tensor, approximate_mass: float | None = None, logit_map: str = "z"
+) -> Activity | None:
     """What the backward of the mean cross-entropy of hidden @ weight.T computes; None where it would be exact.
 
-    hidden [N, D], weight [V, D], target [N]; approximate_mass: None is the default.
+    hidden [N, D], weight [V, D], target [N]; approximate_mass: None is the default; logit_map: as in `LogitMap`.
     """
     mass = Options.approximate_mass if approximate_mass is None else approximate_mass
     problem = Problem.plain(hidden, weight, target, Options.workspace_mib, mass)
+    problem = replace(problem, logit_map=LogitMap.parse(logit_map))
     if not cuda.may_skip(problem):
         return None
     results = cuda.forward(problem)

@@ -44,7 +44,9 @@ def from_probabilities(hidden, weight, bias, target, logit_map):
     return dz @ weight, dz.T @ hidden
 
 
-@pytest.mark.parametrize("how", [{}, {"logit_map": "0.5*z + 1.0"}, {"logit_map": "9.0*tanh(z/9.0)"}, {"dtype": FP32}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{}, {"logit_map": "0.5*z + 1.0"}, {"logit_map": "9.0*tanh(z/9.0)"}, {"dtype": FP32}], ids=str
+)
 @pytest.mark.parametrize("lead", LEADS.values(), ids=LEADS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_gradients_from_codes_are_no_worse_than_eagers_but_for_the_codes(shape, lead, how):
