@@ -11,9 +11,9 @@ from hypothesis import Phase, settings
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which no import above does
-    from interpreter import prepare_once_a_kernel
+    from interpreter import make_faster
 
-    prepare_once_a_kernel()
+    make_faster()
 
 torch.set_num_threads(1)  # tests run side by side, and threads that wait for each other take the cores of others
 
