@@ -74,3 +74,5 @@ def remember_types() -> None:
 
     core.block_type.__init__, core.tensor.__init__ = block_type, tensor
     interpreter._get_np_dtype = np_dtype
+    compare = core.tuple.__eq__  # of shapes, which are the same objects now where they are equal
+    core.tuple.__eq__ = lambda self, other: core.constexpr(True) if self is other else compare(self, other)
