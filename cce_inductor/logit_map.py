@@ -154,6 +154,7 @@ def _affine(expr: sympy.Expr) -> tuple[float, float] | None:
 
 # Where the values of functions lie that have bounds.
 BOUNDS = {"tanh": sympy.AccumBounds(-1, 1), "sigmoid": sympy.AccumBounds(0, 1)}
+# By a code, x may be off by a 32nd (`kernels/codes.py`): f' by no more than half of that, if it is to be told from x.
 STEEPEST = 0.5
 
 
@@ -211,8 +212,8 @@ class LogitMap:
     def slope_by_value(self) -> sympy.Expr | None:
         """f' as an expression in x = f(z), where it changes by no more than half as much as x; else None.
 
-        So f' is known where x is known roughly. That is where f = a * z + c, or a * t + c with one bounded function t
-        of a line, on which f' depends: f' = 1 - (x / a)**2 of f = a * tanh(z / a), for a of 4 and more.
+        That is where f = a * z + c, or a * t + c with one bounded function t of a line. So it is 1 - (x / a)**2 for
+        f = a * tanh(z / a) with a of 4 and more.
         """
         line = self.affine()
         if line is not None:

@@ -81,10 +81,10 @@ def test_every_method_can_be_made_or_says_why_not():
 
 
 def test_logits_may_be_capped(monkeypatch, tmp_path):
-    names = "compile,cce-direct,liger"
+    names = "compile,cce-direct,quack"
     figures = run(monkeypatch, tmp_path, f"--shapes 64,128,16 --methods {names} --softcap 3 --seconds 0 --dtype fp32")
-    _, compiled, ours, liger = figures["results"]
-    assert liger["skipped"] == "it knows no soft cap"
+    _, compiled, ours, quack = figures["results"]
+    assert quack["skipped"] == "it knows no soft cap"
     for row in (compiled, ours):
         assert row["data"] == "trained, logits capped at 3"
         assert all(0 <= row[key] < 1e-5 for key in ("loss_error", "hidden_error", "weight_error"))

@@ -101,9 +101,10 @@ def _cut_cross_entropy(**options: Any) -> Callable[[float | None], Loss]:
 
 
 def _liger(softcap: float | None) -> Loss:
-    _uncapped(softcap)
     function = _from("liger_kernel.ops.fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction")
-    return lambda hidden, weight, target: function.apply(hidden, weight, target)[0]
+    # bias, weights of classes, ignore_index, squared log-sum-exps, label smoothing, reduction
+    options = None, None, -100, 0.0, 0.0, "mean", softcap
+    return lambda hidden, weight, target: function.apply(hidden, weight, target, *options)[0]
 
 
 def _quack(softcap: float | None) -> Loss:

@@ -82,8 +82,9 @@ def pays_in_forward(
     float16 is left out: a gradient that is not yet multiplied by a gradient scaler's factor would underflow.
     """
     if compute_dtype == torch.bfloat16:
-        kept = needs_grad_weight and (approximate_mass == 0 or logit_map.slope_by_value is not None)
-        return device.type == "cpu" or (device.type == "cuda" and kept)
+        if device.type != "cuda":
+            return device.type == "cpu"
+        return needs_grad_weight and (approximate_mass == 0 or logit_map.slope_by_value is not None)
     return compute_dtype in (torch.float32, torch.float64)
 
 

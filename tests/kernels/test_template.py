@@ -150,9 +150,9 @@ def test_only_functions_of_the_map_language_are_generated(function):
         template.load(LogitMap(function(Z)))
 
 
-def test_code_is_generated_from_numbers_and_z_alone():
+def test_code_is_generated_from_numbers_z_and_x_alone():
     """No string of a user gets into it: whatever a map is made of comes through the parser of its language."""
-    known = re.compile(r"z|t\d+|triton|tl|float|" + "|".join(FUNCTIONS))
+    known = re.compile(r"z|x|t\d+|triton|tl|float|" + "|".join(FUNCTIONS))
     for text in MAPS:
         tree = ast.parse(template._source(LogitMap.parse(text)))
         assert all(known.fullmatch(node.id) for node in ast.walk(tree) if isinstance(node, ast.Name))

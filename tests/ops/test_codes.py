@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sparse_cases import TILE_WIDTH, backward, make, recorded, target_logits
 from test_fallback import OF_THE_MACHINE, Broken
 from test_kept_tiles import in_triton
 from test_scaled_loss import compute, run
 from test_scaled_loss import eager as eager_loss
 from test_scaled_loss import make as make_loss
-from test_sparse import TILE_WIDTH, backward, make, recorded, target_logits
 
 from cce_inductor.kernels.config import HOPPER_BACKWARD, HOPPER_PRODUCT
 from cce_inductor.logit_map import STEEPEST

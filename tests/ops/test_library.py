@@ -54,7 +54,7 @@ def test_the_backward_passes_opcheck(needs_grad, bias_dtype):
     case.hidden = case.hidden.bfloat16()
     results = Reductions(*vocab_reductions(*case.tensors, **case.options))
     grads = case.row_gradients(results)
-    arguments = (*grads, results.lse, *results.tiles, *case.tensors)
+    arguments = (*grads[:7], results.lse, *results.tiles, *case.tensors)
     torch.library.opcheck(vocab_reductions_backward, arguments, {**case.options, "needs_grad": needs_grad})
 
 

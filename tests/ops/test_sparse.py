@@ -1,31 +1,18 @@
 """The sparse backward: exact where it may skip nothing, and what it skips is put back."""
 
-import itertools
-
 import pytest
 import torch
 from cases import INTERPRETED, MAPS, NOT_INTERPRETED, Case, assert_no_worse, costly, eager, exact, uncertainty
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sparse_cases import TILE_WIDTH, active_and_tops, all_active, backward, make, recorded, rests_of, target_logits
 
 from cce_inductor.compat import FakeTensorMode
-from cce_inductor.kernels import active as active_rules
-from cce_inductor.logit_map import LogitMap
 from cce_inductor.ops import cuda, row_lists, shares, sparse
 from cce_inductor.ops.kept_tiles import KeptTiles
 from cce_inductor.ops.library import vocab_reductions
-from cce_inductor.ops.problem import Problem, Reductions, RowGradients, Tiles, evenly_spaced
-from cce_inductor.ops.row_lists import (
-    LARGEST_PIECE,
-    OF_SMALL_VOCABULARY,
-    SMALL_VOCABULARY,
-    Active,
-    RowLists,
-    Skipped,
-)
+from cce_inductor.ops.problem import Problem, Reductions, evenly_spaced
 from cce_inductor.ops.sparse_rounds import MOST_ROUNDS
-
-TILE_ROWS, TILE_WIDTH, PART = 16, 32, 16  # of the interpreter's tiles
 
 if not INTERPRETED:
     pytest.skip(NOT_INTERPRETED, allow_module_level=True)
@@ -35,56 +22,6 @@ if not INTERPRETED:
 def _few_sampled_rows(monkeypatch):
     for name in ("SAMPLED_ROWS", "SAMPLED_CODES"):
         monkeypatch.setattr(shares, name, 16)
-
-
-def make(rows, vocab, width, **options):
-    """A problem that the sparse backward takes, with a softmax peaked as a trained model's, and gradients of a loss."""
-    case = Case(rows, vocab, width, **{"bias": False, "total": False, "class_weight": False} | options)
-    case.hidden = case.hidden * 4
-    counts = case.targets != case.ignore_index
-    case.grads[0] = torch.where(counts, case.grads[0].abs(), 0.0)
-    case.grads[1] = -case.grads[0]
-    return case
-
-
-def backward(case, mass, workspace_bytes=1 << 16):
-    problem = case.problem(approximate_mass=mass, workspace_bytes=workspace_bytes)
-    lse = cuda.forward(problem)[0]
-    return sparse.backward(problem, lse, recorded(case, problem), case.row_gradients(), [True, True, False])
-
-
-def recorded(case, problem):
-    """What the forward records of the tiles, of which it keeps nothing on a CPU."""
-    bias = 0.0 if case.bias_vector is None else case.bias_vector.double()
-    x = problem.logit_map(case.hidden.double() @ case.weight.double().T + bias)
-    log_q = [tile.log_softmax(1) for tile in x.split(TILE_WIDTH, dim=1)]
-    columns = torch.stack([tile.argmax(1) for tile in log_q])
-    rows = (case.targets != case.ignore_index).nonzero().squeeze(1)
-    columns[case.targets[rows] // TILE_WIDTH, rows] = case.targets[rows] % TILE_WIDTH
-    of_tops = torch.stack([tile.gather(1, column[:, None])[:, 0] for tile, column in zip(log_q, columns, strict=True)])
-    rests = -torch.expm1(of_tops)
-    lse = torch.stack([tile.logsumexp(1) for tile in x.split(TILE_WIDTH, dim=1)])
-    return Tiles(lse.float(), (rests.float().view(torch.int32) & -TILE_WIDTH) | columns.int())
-
-
-def target_logits(case):
-    """x of the targets, [N]; zero where a row has none."""
-    bias = 0.0 if case.bias_vector is None else case.bias_vector.double()
-    x = LogitMap.parse(case.logit_map)(case.hidden.double() @ case.weight.double().T + bias)
-    counts = case.targets != case.ignore_index
-    return torch.where(counts, x.gather(1, case.targets.clamp(min=0)[:, None])[:, 0], 0.0).float()
-
-
-def all_active(problem, lse, tiles, grads, tops=True):
-    """What each row needs, with no row dense."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(row_lists, "DENSE_SHARE", 1.0)
-        return Active.of(problem, lse, tiles, RowGradients(*grads[:2], total=grads[0]), TILE_WIDTH, PART, tops)
-
-
-def active_and_tops(active):
-    """Two [tiles, N]."""
-    return active.pairs[1:].chunk(2)
 
 
 @costly
@@ -226,25 +163,6 @@ def _tile_masses(case):
     return [tile.sum() for tile in p.split(TILE_WIDTH, dim=1)]
 
 
-@pytest.mark.parametrize("mass", [2**-6, 2**-3, 2**-1])
-def test_what_a_row_skips_stays_within_the_budget_and_never_its_target(mass):
-    case = make(50, 150, 24)
-    problem = case.problem(approximate_mass=mass)
-    lse, tiles = cuda.forward(problem)[0], recorded(case, problem)
-    active, tops = active_and_tops(all_active(problem, lse, tiles, case.grads))
-    counts = case.targets != -100
-    mass_of = torch.exp(tiles.lse - lse)
-    approximated = torch.where(tops, mass_of * rests_of(tiles), torch.where(active, 0.0, mass_of))
-    skipped = approximated.sum(0)[counts]
-    assert (skipped <= mass * (1 + 1e-5)).all()
-    assert skipped.max() > 0
-    of_target = case.targets[counts] // TILE_WIDTH, counts.nonzero().squeeze(1)
-    assert (active | tops)[of_target].all()
-    assert tops[of_target].any()  # alone
-    assert torch.equal(tiles.top[of_target] % TILE_WIDTH, case.targets[counts].int() % TILE_WIDTH)
-    assert not (active | tops)[:, ~counts].any()
-
-
 @given(
     rows=st.integers(1, 40),
     vocab=st.integers(1, 150),
@@ -290,84 +208,6 @@ def test_several_targets_of_a_row_are_left_to_the_exact_backward(picks, may_skip
     assert results.tile_lse.shape == results.tile_top.shape == ((2 if may_skip else 0), 9)
 
 
-def rests_of(tiles):
-    """The shares of the tiles that are left without their tops."""
-    return (tiles.top & -TILE_WIDTH).view(torch.float32)
-
-
-def of_masses(masses, share=0.0):
-    """Records of tiles with these masses [tiles, N], of rows whose lse is 0, and whose heaviest token has a share."""
-    top = torch.full_like(masses, 1 - share).view(torch.int32) & -TILE_WIDTH
-    return Tiles(masses.log(), top)
-
-
-@pytest.mark.parametrize("mass", [2**-4, 2**-2])
-@pytest.mark.parametrize("share", [0.0, 0.5])
-def test_many_light_tiles_are_skipped_to_within_the_budget(mass, share, monkeypatch):
-    """Each of them is light enough, and all of them together are too heavy. Of tops only the rest counts."""
-    monkeypatch.setattr(row_lists, "OF_SMALL_VOCABULARY", LARGEST_PIECE)
-    light, rows = 200, 8
-    case = make(rows, (light + 1) * TILE_WIDTH, 1)
-    rests = torch.rand(light, rows, generator=torch.Generator().manual_seed(0)) * mass * LARGEST_PIECE
-    shares = rests / (1 - share)
-    shares = torch.cat([shares, 1 - shares.sum(0, keepdim=True)])
-    gradients = torch.ones(rows), torch.zeros(rows)
-    problem = case.problem(approximate_mass=mass)
-    active = all_active(problem, torch.zeros(rows), of_masses(shares, share), gradients)
-    active, tops = active_and_tops(active)
-    assert torch.equal(tops, ~active & (shares >= mass**2 * row_lists.TOP_PART) & (share > 0))
-    skipped = torch.where(active, 0.0, torch.where(tops, (1 - share) * shares, shares)).sum(0)
-    assert (skipped <= mass * (1 + 1e-5)).all()
-    assert (skipped > 0.9 * mass).all()
-
-
-@pytest.mark.parametrize(("share", "needed"), [(0.0, True), (0.5, True), (0.99, False)])
-def test_a_heavy_tile_that_is_nearly_one_token_needs_only_that(share, needed):
-    """Half of the budget in one tile, of which at most a small part may be approximated."""
-    mass = 2**-3
-    case = make(1, 2 * TILE_WIDTH, 1)
-    masses = torch.tensor([[1 - mass / 2], [mass / 2]])
-    gradients = torch.ones(1), torch.zeros(1)
-    pairs = all_active(case.problem(approximate_mass=mass), torch.zeros(1), of_masses(masses, share), gradients)
-    active, tops = active_and_tops(pairs)
-    assert active[1].item() == needed
-    assert tops[1].item() != needed
-
-
-@pytest.mark.parametrize(
-    ("vocab", "piece"), [(SMALL_VOCABULARY, OF_SMALL_VOCABULARY), (SMALL_VOCABULARY + 1, LARGEST_PIECE)]
-)
-@pytest.mark.parametrize("part", [0.9, 1.1])  # a threshold is found to within a factor of 1.06
-def test_a_tile_of_a_small_vocabulary_may_be_skipped_if_it_is_lighter(vocab, piece, part):
-    mass = 2**-3
-    case = make(1, vocab, 1)
-    masses = torch.zeros(-(-vocab // TILE_WIDTH), 1)
-    masses[:2, 0] = torch.tensor([1 - mass * piece * part, mass * piece * part])
-    gradients = torch.ones(1), torch.zeros(1)
-    pairs = all_active(case.problem(approximate_mass=mass), torch.zeros(1), of_masses(masses), gradients)
-    assert active_and_tops(pairs)[0][:2, 0].tolist() == [True, part > 1]
-
-
-@pytest.mark.parametrize(("weight", "share", "computed"), [(1.0, 0.5, True), (1.0, 0.1, False), (0.1, 0.5, False)])
-def test_a_token_is_computed_alone_where_it_stands_out(weight, share, computed):
-    """In tiles that are heavy enough, and that it has enough of."""
-    mass = 2**-3
-    case = make(1, 20 * TILE_WIDTH, 1)
-    masses = torch.full((20, 1), weight * mass**2 * row_lists.TOP_PART * 1.01)
-    masses[0] = 1 - masses[1:].sum()
-    gradients = torch.ones(1), torch.zeros(1)
-    active = all_active(case.problem(approximate_mass=mass), torch.zeros(1), of_masses(masses, share), gradients)
-    assert active_and_tops(active)[1].any() == computed
-    assert share < active_rules.LEAST_SHARE.value or weight < 1 or computed
-    assert active.row_count.item() == 19 * computed
-    if computed:  # the first column of each but the first tile
-        assert active.row_tokens[0, :19].tolist() == [TILE_WIDTH * tile for tile in range(1, 20)]
-    without = all_active(
-        case.problem(approximate_mass=mass), torch.zeros(1), of_masses(masses, share), gradients, False
-    )
-    assert not active_and_tops(without)[1].any()
-
-
 def test_a_small_workspace_takes_no_more_than_so_many_rounds():
     case = make(70, 200 * TILE_WIDTH, 8)
     problem = case.problem(approximate_mass=2**-3, workspace_bytes=1)
@@ -406,60 +246,3 @@ def test_only_what_is_needed_is_computed(needs_grad):
     both = sparse.backward(problem, lse, tiles, case.row_gradients(), [True, True, False])
     for gradient, full, needed in zip(some, both, needs_grad, strict=True):
         assert torch.equal(gradient, full) if needed else gradient.numel() == 0
-
-
-@given(
-    rows=st.integers(1, 70),
-    vocab=st.integers(1, 150),
-    extra=st.integers(0, 20),
-    mass=st.sampled_from([0.0, 2**-5, 2**-1]),
-    dense_share=st.sampled_from([0.0, 0.3, 0.6, 1.0]),
-    seed=st.integers(0, 99),
-)
-def test_lists_hold_each_needed_pair_once_and_rounds_fit_in_the_workspace(rows, vocab, extra, mass, dense_share, seed):
-    case = make(rows, vocab, 16, seed=seed)
-    problem = case.problem(approximate_mass=mass)
-    lse, tiles = cuda.forward(problem)[0], recorded(case, problem)
-    needed, tops = active_and_tops(all_active(problem, lse, tiles, case.grads))
-    most = row_lists.most_blocks_of_a_tile(rows, TILE_ROWS)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(row_lists, "DENSE_SHARE", dense_share)
-        active = Active.of(problem, lse, tiles, RowGradients(*case.grads[:3]), TILE_WIDTH, PART)
-    lists = RowLists.of(active, tiles, TILE_ROWS, most + extra, TILE_WIDTH, PART)
-    skipped = Skipped.of(problem, lse, tiles, case.grads[0], active, TILE_WIDTH)
-    dense, *listed = active.pairs
-    assert torch.equal(dense, needed.sum(0) > dense_share * len(needed))
-    assert torch.equal(torch.stack(listed), torch.cat([needed & ~dense, tops & ~dense]))
-    part_of = tiles.top % TILE_WIDTH // PART
-    parts = [top & (part == here) for top, part in zip(tops & ~dense, part_of, strict=True) for here in (0, 1)]
-    lists_of = [dense, *(needed & ~dense), *parts]
-    assert torch.equal(active.counts, torch.stack(lists_of).sum(1))
-    for row, count in enumerate(active.row_count.tolist()):
-        of_row = (tops & ~dense)[:, row].nonzero().squeeze(1)
-        columns = tiles.top[of_row, row] & (TILE_WIDTH - 1)
-        assert torch.equal(active.row_tokens[row, :count].long(), of_row * TILE_WIDTH + columns)
-
-    starts = lists.list_start.tolist()
-    for rows_of_list, start, end in zip(lists_of, starts[:-1], starts[1:], strict=True):
-        assert_list(lists, rows_of_list, start, end)
-    for tile, (start, end) in enumerate(itertools.pairwise(starts[1 : len(needed) + 2])):
-        assert (lists.slot_tile[start:end] == tile).all()
-    mass = torch.exp(tiles.lse - lse) * case.grads[0] / case.grads[0].abs().max()
-    mass = torch.where(tops, mass * rests_of(tiles), mass)
-    wanted = torch.where(needed | dense, 0.0, mass.nan_to_num())
-    torch.testing.assert_close(skipped.mass, wanted, rtol=1e-5, atol=1e-12)
-    assert torch.equal(skipped.anything, (~needed & ~dense & (case.grads[0] != 0)).any(1))
-
-    assert lists.round_tiles[[0, -1]].tolist() == [0, len(needed)]
-    blocks = lists.list_start[1 : len(needed) + 2].diff() + starts[1]
-    for first, last in zip(lists.round_tiles, lists.round_tiles[1:], strict=False):
-        assert blocks[first:last].sum() <= most + extra
-
-
-def assert_list(lists, listed, start, end):
-    """The slots from start to end hold the true elements of `listed`, in order, and are filled up."""
-    span = lists.slot_rows[start * TILE_ROWS : end * TILE_ROWS]
-    count = listed.sum()
-    assert len(span) == -(-count // TILE_ROWS) * TILE_ROWS
-    assert torch.equal(span[:count], listed.nonzero().squeeze(1).int())
-    assert (span[count:] == -1).all()

@@ -1,0 +1,174 @@
+"""What each row of a sparse backward computes, and the lists of that."""
+
+import itertools
+
+import pytest
+import torch
+from cases import INTERPRETED, NOT_INTERPRETED
+from hypothesis import given
+from hypothesis import strategies as st
+from sparse_cases import PART, TILE_ROWS, TILE_WIDTH, active_and_tops, all_active, make, recorded, rests_of
+
+from cce_inductor.kernels import active as active_rules
+from cce_inductor.ops import cuda, row_lists
+from cce_inductor.ops.problem import RowGradients, Tiles
+from cce_inductor.ops.row_lists import (
+    LARGEST_PIECE,
+    OF_SMALL_VOCABULARY,
+    SMALL_VOCABULARY,
+    Active,
+    RowLists,
+    Skipped,
+)
+
+if not INTERPRETED:
+    pytest.skip(NOT_INTERPRETED, allow_module_level=True)
+
+
+@pytest.mark.parametrize("mass", [2**-6, 2**-3, 2**-1])
+def test_what_a_row_skips_stays_within_the_budget_and_never_its_target(mass):
+    case = make(50, 150, 24)
+    problem = case.problem(approximate_mass=mass)
+    lse, tiles = cuda.forward(problem)[0], recorded(case, problem)
+    active, tops = active_and_tops(all_active(problem, lse, tiles, case.grads))
+    counts = case.targets != -100
+    mass_of = torch.exp(tiles.lse - lse)
+    approximated = torch.where(tops, mass_of * rests_of(tiles), torch.where(active, 0.0, mass_of))
+    skipped = approximated.sum(0)[counts]
+    assert (skipped <= mass * (1 + 1e-5)).all()
+    assert skipped.max() > 0
+    of_target = case.targets[counts] // TILE_WIDTH, counts.nonzero().squeeze(1)
+    assert (active | tops)[of_target].all()
+    assert tops[of_target].any()  # alone
+    assert torch.equal(tiles.top[of_target] % TILE_WIDTH, case.targets[counts].int() % TILE_WIDTH)
+    assert not (active | tops)[:, ~counts].any()
+
+
+def of_masses(masses, share=0.0):
+    """Records of tiles with these masses [tiles, N], of rows whose lse is 0, and whose heaviest token has a share."""
+    top = torch.full_like(masses, 1 - share).view(torch.int32) & -TILE_WIDTH
+    return Tiles(masses.log(), top)
+
+
+@pytest.mark.parametrize("mass", [2**-4, 2**-2])
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_many_light_tiles_are_skipped_to_within_the_budget(mass, share, monkeypatch):
+    """Each of them is light enough, and all of them together are too heavy. Of tops only the rest counts."""
+    monkeypatch.setattr(row_lists, "OF_SMALL_VOCABULARY", LARGEST_PIECE)
+    light, rows = 200, 8
+    case = make(rows, (light + 1) * TILE_WIDTH, 1)
+    rests = torch.rand(light, rows, generator=torch.Generator().manual_seed(0)) * mass * LARGEST_PIECE
+    shares = rests / (1 - share)
+    shares = torch.cat([shares, 1 - shares.sum(0, keepdim=True)])
+    gradients = torch.ones(rows), torch.zeros(rows)
+    problem = case.problem(approximate_mass=mass)
+    active = all_active(problem, torch.zeros(rows), of_masses(shares, share), gradients)
+    active, tops = active_and_tops(active)
+    assert torch.equal(tops, ~active & (shares >= mass**2 * row_lists.TOP_PART) & (share > 0))
+    skipped = torch.where(active, 0.0, torch.where(tops, (1 - share) * shares, shares)).sum(0)
+    assert (skipped <= mass * (1 + 1e-5)).all()
+    assert (skipped > 0.9 * mass).all()
+
+
+@pytest.mark.parametrize(("share", "needed"), [(0.0, True), (0.5, True), (0.99, False)])
+def test_a_heavy_tile_that_is_nearly_one_token_needs_only_that(share, needed):
+    """Half of the budget in one tile, of which at most a small part may be approximated."""
+    mass = 2**-3
+    case = make(1, 2 * TILE_WIDTH, 1)
+    masses = torch.tensor([[1 - mass / 2], [mass / 2]])
+    gradients = torch.ones(1), torch.zeros(1)
+    pairs = all_active(case.problem(approximate_mass=mass), torch.zeros(1), of_masses(masses, share), gradients)
+    active, tops = active_and_tops(pairs)
+    assert active[1].item() == needed
+    assert tops[1].item() != needed
+
+
+@pytest.mark.parametrize(
+    ("vocab", "piece"), [(SMALL_VOCABULARY, OF_SMALL_VOCABULARY), (SMALL_VOCABULARY + 1, LARGEST_PIECE)]
+)
+@pytest.mark.parametrize("part", [0.9, 1.1])  # a threshold is found to within a factor of 1.06
+def test_a_tile_of_a_small_vocabulary_may_be_skipped_if_it_is_lighter(vocab, piece, part):
+    mass = 2**-3
+    case = make(1, vocab, 1)
+    masses = torch.zeros(-(-vocab // TILE_WIDTH), 1)
+    masses[:2, 0] = torch.tensor([1 - mass * piece * part, mass * piece * part])
+    gradients = torch.ones(1), torch.zeros(1)
+    pairs = all_active(case.problem(approximate_mass=mass), torch.zeros(1), of_masses(masses), gradients)
+    assert active_and_tops(pairs)[0][:2, 0].tolist() == [True, part > 1]
+
+
+@pytest.mark.parametrize(("weight", "share", "computed"), [(1.0, 0.5, True), (1.0, 0.1, False), (0.1, 0.5, False)])
+def test_a_token_is_computed_alone_where_it_stands_out(weight, share, computed):
+    """In tiles that are heavy enough, and that it has enough of."""
+    mass = 2**-3
+    case = make(1, 20 * TILE_WIDTH, 1)
+    masses = torch.full((20, 1), weight * mass**2 * row_lists.TOP_PART * 1.01)
+    masses[0] = 1 - masses[1:].sum()
+    gradients = torch.ones(1), torch.zeros(1)
+    active = all_active(case.problem(approximate_mass=mass), torch.zeros(1), of_masses(masses, share), gradients)
+    assert active_and_tops(active)[1].any() == computed
+    assert share < active_rules.LEAST_SHARE.value or weight < 1 or computed
+    assert active.row_count.item() == 19 * computed
+    if computed:  # the first column of each but the first tile
+        assert active.row_tokens[0, :19].tolist() == [TILE_WIDTH * tile for tile in range(1, 20)]
+    without = all_active(
+        case.problem(approximate_mass=mass), torch.zeros(1), of_masses(masses, share), gradients, False
+    )
+    assert not active_and_tops(without)[1].any()
+
+
+@given(
+    rows=st.integers(1, 70),
+    vocab=st.integers(1, 150),
+    extra=st.integers(0, 20),
+    mass=st.sampled_from([0.0, 2**-5, 2**-1]),
+    dense_share=st.sampled_from([0.0, 0.3, 0.6, 1.0]),
+    seed=st.integers(0, 99),
+)
+def test_lists_hold_each_needed_pair_once_and_rounds_fit_in_the_workspace(rows, vocab, extra, mass, dense_share, seed):
+    case = make(rows, vocab, 16, seed=seed)
+    problem = case.problem(approximate_mass=mass)
+    lse, tiles = cuda.forward(problem)[0], recorded(case, problem)
+    needed, tops = active_and_tops(all_active(problem, lse, tiles, case.grads))
+    most = row_lists.most_blocks_of_a_tile(rows, TILE_ROWS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row_lists, "DENSE_SHARE", dense_share)
+        active = Active.of(problem, lse, tiles, RowGradients(*case.grads[:3]), TILE_WIDTH, PART)
+    lists = RowLists.of(active, tiles, TILE_ROWS, most + extra, TILE_WIDTH, PART)
+    skipped = Skipped.of(problem, lse, tiles, case.grads[0], active, TILE_WIDTH)
+    dense, *listed = active.pairs
+    assert torch.equal(dense, needed.sum(0) > dense_share * len(needed))
+    assert torch.equal(torch.stack(listed), torch.cat([needed & ~dense, tops & ~dense]))
+    part_of = tiles.top % TILE_WIDTH // PART
+    parts = [top & (part == here) for top, part in zip(tops & ~dense, part_of, strict=True) for here in (0, 1)]
+    lists_of = [dense, *(needed & ~dense), *parts]
+    assert torch.equal(active.counts, torch.stack(lists_of).sum(1))
+    for row, count in enumerate(active.row_count.tolist()):
+        of_row = (tops & ~dense)[:, row].nonzero().squeeze(1)
+        columns = tiles.top[of_row, row] & (TILE_WIDTH - 1)
+        assert torch.equal(active.row_tokens[row, :count].long(), of_row * TILE_WIDTH + columns)
+
+    starts = lists.list_start.tolist()
+    for rows_of_list, start, end in zip(lists_of, starts[:-1], starts[1:], strict=True):
+        assert_list(lists, rows_of_list, start, end)
+    for tile, (start, end) in enumerate(itertools.pairwise(starts[1 : len(needed) + 2])):
+        assert (lists.slot_tile[start:end] == tile).all()
+    mass = torch.exp(tiles.lse - lse) * case.grads[0] / case.grads[0].abs().max()
+    mass = torch.where(tops, mass * rests_of(tiles), mass)
+    wanted = torch.where(needed | dense, 0.0, mass.nan_to_num())
+    torch.testing.assert_close(skipped.mass, wanted, rtol=1e-5, atol=1e-12)
+    assert torch.equal(skipped.anything, (~needed & ~dense & (case.grads[0] != 0)).any(1))
+
+    assert lists.round_tiles[[0, -1]].tolist() == [0, len(needed)]
+    blocks = lists.list_start[1 : len(needed) + 2].diff() + starts[1]
+    for first, last in zip(lists.round_tiles, lists.round_tiles[1:], strict=False):
+        assert blocks[first:last].sum() <= most + extra
+
+
+def assert_list(lists, listed, start, end):
+    """The slots from start to end hold the true elements of `listed`, in order, and are filled up."""
+    span = lists.slot_rows[start * TILE_ROWS : end * TILE_ROWS]
+    count = listed.sum()
+    assert len(span) == -(-count // TILE_ROWS) * TILE_ROWS
+    assert torch.equal(span[:count], listed.nonzero().squeeze(1).int())
+    assert (span[count:] == -1).all()
