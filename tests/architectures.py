@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from triton import JITFunction, knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from triton.runtime.jit import MockTensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cce_inductor import ops
@@ -72,21 +72,10 @@ class Driver:
         return GPUTarget("cuda", self._capability, 32)
 
 
-@dataclass
-class Pointer:
-    """What Triton asks of a tensor that a kernel is compiled for."""
-
-    dtype: torch.dtype
-    shape: torch.Size
-
-    def data_ptr(self) -> int:
-        return 0
-
-
 def compilable(argument: Any) -> Any:
     """An argument of a kernel, without the tensor that it is or describes."""
     if isinstance(argument, FakeTensor):
-        return Pointer(argument.dtype, argument.shape)
+        return MockTensor(argument.dtype)
     if isinstance(argument, TensorDescriptor):
         argument = copy.copy(argument)
         argument.base = compilable(argument.base)

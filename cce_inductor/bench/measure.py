@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .methods import Loss
+from ..logit_map import LogitMap
+from .methods import Loss, logit_map
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 
@@ -132,6 +133,7 @@ class Reference:
     @torch.no_grad()
     def of(cls, hidden: Tensor, weight: Tensor, target: Tensor, softcap: float | None = None) -> "Reference":
         """A few rows at a time: no N x V tensor. softcap: c of c * tanh(logits / c)."""
+        capped = LogitMap.parse(logit_map(softcap))
         kept = torch.float32 if hidden.dtype.itemsize == 2 else torch.float64
         wide = weight.double()
         counts = target != IGNORED
@@ -143,16 +145,14 @@ class Reference:
             chunk = slice(start, start + rows)
             h, scale = hidden[chunk].double(), counts[chunk, None].double() / number
             label = target[chunk, None].clamp_min(0)
-            logits = h @ wide.T
-            if softcap is not None:
-                logits = logits.div_(softcap).tanh_().mul_(softcap)
+            logits, slope = capped.value_and_derivative(h @ wide.T)
             log_p = torch.log_softmax(logits, 1)
             total -= (log_p.gather(1, label) * scale).sum()
             dz = log_p.exp_()
             dz.scatter_add_(1, label, dz.new_full((), -1.0).expand(label.shape))
             dz *= scale
-            if softcap is not None:
-                dz *= 1 - (logits / softcap) ** 2
+            if slope is not None:
+                dz *= slope
             grad_hidden[chunk] = dz @ wide
             grad_weight.addmm_(dz.T, h)
         return cls(total.item(), grad_hidden, grad_weight.to(kept))

@@ -4,7 +4,7 @@ A kernel takes the functions as compile-time arguments, so one kernel serves eve
 
     value(z) = f(z)            value_and_slope(z) = f(z), f'(z)            slope_by_value(x) = f'(z) where x = f(z)
 
-The last one is zero of a map without `LogitMap.slope_by_value`, and not to be called.
+The last one gives None, which can't be multiplied, of a map without `LogitMap.slope_by_value`.
 """
 
 import functools
@@ -52,14 +52,14 @@ def slope_by_value(x):
 def _source(logit_map: LogitMap) -> str:
     value = logit_map.value_program()
     both = logit_map.program()
-    by_value = Program((), (logit_map.slope_by_value or sympy.Integer(0),))
+    by_value = logit_map.slope_by_value
     return _HEADER.format(
         value=logit_map,
         slope=to_text(logit_map.derivative),
         functions=", ".join(sorted(FUNCTIONS)),
         value_body=_body(value),
         slope_body=_body(both),
-        by_value_body=_body(by_value),
+        by_value_body="    return None" if by_value is None else _body(Program((), (by_value,))),
     )
 
 

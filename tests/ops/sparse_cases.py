@@ -22,10 +22,15 @@ def make(rows, vocab, width, **options):
     return case
 
 
-def recorded(case, problem):
-    """What the forward records of the tiles, of which it keeps nothing on a CPU."""
+def mapped_logits(case):
+    """x, [N, V] in float64."""
     bias = 0.0 if case.bias_vector is None else case.bias_vector.double()
-    x = problem.logit_map(case.hidden.double() @ case.weight.double().T + bias)
+    return LogitMap.parse(case.logit_map)(case.hidden.double() @ case.weight.double().T + bias)
+
+
+def recorded(case):
+    """What the forward records of the tiles, of which it keeps nothing on a CPU."""
+    x = mapped_logits(case)
     log_q = [tile.log_softmax(1) for tile in x.split(TILE_WIDTH, dim=1)]
     columns = torch.stack([tile.argmax(1) for tile in log_q])
     rows = (case.targets != case.ignore_index).nonzero().squeeze(1)
@@ -38,10 +43,8 @@ def recorded(case, problem):
 
 def target_logits(case):
     """x of the targets, [N]; zero where a row has none."""
-    bias = 0.0 if case.bias_vector is None else case.bias_vector.double()
-    x = LogitMap.parse(case.logit_map)(case.hidden.double() @ case.weight.double().T + bias)
     counts = case.targets != case.ignore_index
-    return torch.where(counts, x.gather(1, case.targets.clamp(min=0)[:, None])[:, 0], 0.0).float()
+    return torch.where(counts, mapped_logits(case).gather(1, case.targets.clamp(min=0)[:, None])[:, 0], 0.0).float()
 
 
 def all_active(problem, lse, tiles, grads, tops=True):
@@ -64,4 +67,4 @@ def rests_of(tiles):
 def backward(case, mass, workspace_bytes=1 << 16):
     problem = case.problem(approximate_mass=mass, workspace_bytes=workspace_bytes)
     lse = cuda.forward(problem)[0]
-    return sparse.backward(problem, lse, recorded(case, problem), case.row_gradients(), [True, True, False])
+    return sparse.backward(problem, lse, recorded(case), case.row_gradients(), [True, True, False])

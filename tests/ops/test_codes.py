@@ -173,7 +173,7 @@ def with_and_without(case, mass, dense_share, apart=MIB, workspace_bytes=1 << 14
     grads = case.row_gradients(target_logit=target_logits(case))
     grad_weight = torch.empty(case.vocab, case.width, dtype=case.weight.dtype)
     kept = KeptTiles.coded(problem, TILE_WIDTH, apart, grad_weight)
-    lse, tiles = cuda.reduce(problem, kept).lse, recorded(case, problem)
+    lse, tiles = cuda.reduce(problem, kept).lse, recorded(case)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(row_lists, "DENSE_SHARE", dense_share)
         coded = sparse.backward(problem, lse, tiles, grads, [True, True, False], kept, grad_weight)
@@ -230,7 +230,7 @@ def test_shares_from_codes_are_as_close_as_codes_are(logit_map):
     case.bias_vector[TILE_WIDTH : 8 * TILE_WIDTH] -= 20
     problem = case.problem(approximate_mass=2**-2)
     kept = KeptTiles.coded(problem, TILE_WIDTH, MIB, torch.empty(0))
-    lse, tiles = cuda.reduce(problem, kept).lse, recorded(case, problem)
+    lse, tiles = cuda.reduce(problem, kept).lse, recorded(case)
     grads = case.row_gradients(target_logit=target_logits(case))
     coded, without = (
         sparse._SparseBackward(problem, lse, tiles, grads, want_hidden=False, kept=where).share

@@ -54,7 +54,8 @@ def test_the_backward_passes_opcheck(needs_grad, bias_dtype):
     case.hidden = case.hidden.bfloat16()
     results = Reductions(*vocab_reductions(*case.tensors, **case.options))
     grads = case.row_gradients(results)
-    arguments = (*grads[:7], results.lse, *results.tiles, *case.tensors)
+    # the last of the fields is for those who call a backward without the operator
+    arguments = (*grads[:-1], results.lse, *results.tiles, *case.tensors)
     torch.library.opcheck(vocab_reductions_backward, arguments, {**case.options, "needs_grad": needs_grad})
 
 

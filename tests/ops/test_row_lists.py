@@ -4,14 +4,14 @@ import itertools
 
 import pytest
 import torch
-from cases import INTERPRETED, NOT_INTERPRETED
+from cases import interpreted
 from hypothesis import given
 from hypothesis import strategies as st
 from sparse_cases import PART, TILE_ROWS, TILE_WIDTH, active_and_tops, all_active, make, recorded, rests_of
 
 from cce_inductor.kernels import active as active_rules
 from cce_inductor.ops import cuda, row_lists
-from cce_inductor.ops.problem import RowGradients, Tiles
+from cce_inductor.ops.problem import Tiles
 from cce_inductor.ops.row_lists import (
     LARGEST_PIECE,
     OF_SMALL_VOCABULARY,
@@ -21,15 +21,14 @@ from cce_inductor.ops.row_lists import (
     Skipped,
 )
 
-if not INTERPRETED:
-    pytest.skip(NOT_INTERPRETED, allow_module_level=True)
+pytestmark = interpreted
 
 
 @pytest.mark.parametrize("mass", [2**-6, 2**-3, 2**-1])
 def test_what_a_row_skips_stays_within_the_budget_and_never_its_target(mass):
     case = make(50, 150, 24)
     problem = case.problem(approximate_mass=mass)
-    lse, tiles = cuda.forward(problem)[0], recorded(case, problem)
+    lse, tiles = cuda.forward(problem)[0], recorded(case)
     active, tops = active_and_tops(all_active(problem, lse, tiles, case.grads))
     counts = case.targets != -100
     mass_of = torch.exp(tiles.lse - lse)
@@ -128,12 +127,12 @@ def test_a_token_is_computed_alone_where_it_stands_out(weight, share, computed):
 def test_lists_hold_each_needed_pair_once_and_rounds_fit_in_the_workspace(rows, vocab, extra, mass, dense_share, seed):
     case = make(rows, vocab, 16, seed=seed)
     problem = case.problem(approximate_mass=mass)
-    lse, tiles = cuda.forward(problem)[0], recorded(case, problem)
+    lse, tiles = cuda.forward(problem)[0], recorded(case)
     needed, tops = active_and_tops(all_active(problem, lse, tiles, case.grads))
     most = row_lists.most_blocks_of_a_tile(rows, TILE_ROWS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(row_lists, "DENSE_SHARE", dense_share)
-        active = Active.of(problem, lse, tiles, RowGradients(*case.grads[:3]), TILE_WIDTH, PART)
+        active = Active.of(problem, lse, tiles, case.row_gradients(), TILE_WIDTH, PART)
     lists = RowLists.of(active, tiles, TILE_ROWS, most + extra, TILE_WIDTH, PART)
     skipped = Skipped.of(problem, lse, tiles, case.grads[0], active, TILE_WIDTH)
     dense, *listed = active.pairs

@@ -131,7 +131,7 @@ def test_slopes_that_are_known_by_logits_are_the_specified_ones(logit_map, mass,
 
 def assert_as_specified(case, mass, dense_share, target_logit=None):
     problem = case.problem(approximate_mass=mass)
-    lse, tiles = cuda.forward(problem)[0], recorded(case, problem)
+    lse, tiles = cuda.forward(problem)[0], recorded(case)
     grads = case.row_gradients(target_logit=target_logit)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(row_lists, "DENSE_SHARE", dense_share)
@@ -178,7 +178,7 @@ def test_the_forward_records_the_target_in_its_tile_and_elsewhere_the_heaviest_t
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "recorded_tiles", lambda *_: -(-vocab // TILE_WIDTH))
         tiles = cuda.forward(problem).tiles
-    wanted = recorded(case, problem)
+    wanted = recorded(case)
     # of two tokens that are equally heavy either may be found, and the place takes five bits
     cut_off = 2 * TILE_WIDTH * torch.finfo(torch.float32).eps
     torch.testing.assert_close(tiles.lse, wanted.lse)
@@ -211,7 +211,7 @@ def test_several_targets_of_a_row_are_left_to_the_exact_backward(picks, may_skip
 def test_a_small_workspace_takes_no_more_than_so_many_rounds():
     case = make(70, 200 * TILE_WIDTH, 8)
     problem = case.problem(approximate_mass=2**-3, workspace_bytes=1)
-    operands = cuda.forward(problem)[0], recorded(case, problem), case.row_gradients()
+    operands = cuda.forward(problem)[0], recorded(case), case.row_gradients()
     lists = sparse._SparseBackward(problem, *operands, want_hidden=True, kept=KeptTiles()).lists
     assert 1 < lists.rounds <= MOST_ROUNDS
 
@@ -241,7 +241,7 @@ def test_a_row_that_is_not_a_number_shows_in_the_gradients_as_in_eager():
 def test_only_what_is_needed_is_computed(needs_grad):
     case = make(40, 100, 16)
     problem = case.problem(approximate_mass=0.0)
-    lse, tiles = cuda.forward(problem)[0], recorded(case, problem)
+    lse, tiles = cuda.forward(problem)[0], recorded(case)
     some = sparse.backward(problem, lse, tiles, case.row_gradients(), needs_grad)
     both = sparse.backward(problem, lse, tiles, case.row_gradients(), [True, True, False])
     for gradient, full, needed in zip(some, both, needs_grad, strict=True):
