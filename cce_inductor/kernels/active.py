@@ -4,12 +4,14 @@
     top[j, n]    = p[n, v] of the token v that may be computed alone: the target in its tile, elsewhere the heaviest
                    where that and mass[j, n] are large enough; else 0
     rest[j, n]   = mass[j, n] - top[j, n]
-    active[j, n] = rest[j, n] >= t[n],   t[n] <= largest_piece the largest with
+    active[j, n] = rest[j, n] >= t[n],   t[n] <= piece[n] the largest with
                                          sum over j of rest[j, n] [rest[j, n] < t[n]] <= budget
+    piece[n]     = largest_piece, or that of a flat row, which would need more than FLAT_SHARE of the tiles
 
 Where a tile that is not active has a top, that token alone is computed, and only the rest is approximated.
 The error of the gradients grows with the square root of the sum of the squares of what is approximated. So it takes
-many light tiles to do the harm of a heavier one, and a row that may skip a lot must do so in small pieces.
+many light tiles to do the harm of a heavier one, and a row that may skip a lot must do so in small pieces. Of a flat row
+rare tokens have more: larger pieces are as small a part of that.
 The target is always computed, and no tile is active where the row has no gradient. A row that is spread evenly skips
 nearly nothing, so an untrained model stays exact by itself. A row that needs most of the tiles is *dense*: it gets all
 of them, and is listed once instead of in each tile.
@@ -22,6 +24,7 @@ from .pointwise import exp, log
 from .tops import column_of, number_of, with_column
 
 LEAST_SHARE = tl.constexpr(0.25)  # of its tile, that the heaviest token has to have to be computed alone
+FLAT_SHARE = tl.constexpr(0.25)
 SMALLEST_LOG2 = tl.constexpr(-40.0)  # rests below 2**-40 are all the same
 BISECTIONS = tl.constexpr(9)  # they find the threshold to a factor of 2**(40 / 2**9)
 
@@ -45,7 +48,8 @@ def active_kernel(
     num_tiles,
     ignore_index,
     budget,
-    largest_piece,  # of no tile more than this is approximated
+    largest_piece,  # of no tile more than this is approximated,
+    largest_of_flat,  # or than this, which is no less, in a flat row
     lightest_top,  # in lighter tiles no token but the target is computed alone
     dense_share,  # a row that needs more than this share of the tiles is dense
     HAS_TARGET: tl.constexpr,
@@ -80,14 +84,18 @@ def active_kernel(
     rest = tl.where(stands_out, mass * rest_share, mass)
 
     low = tl.full((ROWS,), SMALLEST_LOG2, dtype=tl.float32)
-    high = tl.zeros((ROWS,), dtype=tl.float32) + tl.log2(largest_piece)
+    high = tl.zeros((ROWS,), dtype=tl.float32) + tl.log2(largest_of_flat)
     for _ in range(BISECTIONS):
         middle = 0.5 * (low + high)
         skipped = tl.sum(tl.where(rest < tl.exp2(middle)[None, :], rest, 0.0), 0)
         fits = skipped <= budget
         low = tl.where(fits, middle, low)
         high = tl.where(fits, high, middle)
-    selected = (rest >= tl.exp2(low)[None, :]) & has_gradient
+    threshold = tl.exp2(low)
+    smaller = tl.minimum(threshold, largest_piece)
+    needed = tl.sum(((rest >= smaller[None, :]) & mask).to(tl.int32), 0)
+    threshold = tl.where(needed > FLAT_SHARE * num_tiles, threshold, smaller)
+    selected = (rest >= threshold[None, :]) & has_gradient
     # a row that is not a number must show in the gradients
     broken = row_lse != row_lse
     selected = (selected | broken[None, :]) & mask

@@ -26,6 +26,7 @@ from .fallback import first_that_runs, smaller
 from .kept_tiles import KeptTiles, Place
 from .launch import Launch, device_properties, gradient_arguments, ignore_arguments
 from .problem import LEAST_LOG, Problem, Reductions, RowGradients, Tiles, spans
+from .quick_launch import launch
 
 COLUMN_MULTIPLE = 256  # vocabulary slices are multiples of the widest tile
 NARROWEST_SLICE = 8 * COLUMN_MULTIPLE  # below this, the matmuls of the backward would be short of work
@@ -204,7 +205,9 @@ class _TileResults:
         """Of all tiles; +inf where the kernel left a row out."""
         tiles, rows = self.lse.shape
         lse = self.lse.new_empty(rows)
-        log_sum_kernel[(-(-rows // LOG_SUM_ROWS),)](
+        launch(
+            log_sum_kernel,
+            -(-rows // LOG_SUM_ROWS),
             tile_lse=self.lse,
             target=problem.target,
             lse=lse,
@@ -242,7 +245,9 @@ class _Rows:
         # where fewer rows count than there are, the places that are left point to some row
         row_of = torch.zeros_like(problem.target, dtype=torch.int32) if some else None
         count = torch.empty((), dtype=torch.int32, device=problem.target.device) if some else None
-        targets_kernel[(1,)](
+        launch(
+            targets_kernel,
+            1,
             target=problem.target,
             good=good,
             row_of=row_of,
@@ -268,7 +273,9 @@ def _picked(problem: Problem, results: Reductions, tile_width: int) -> Tensor:
     if problem.target is None:
         return torch.zeros_like(results.lse)
     picked = torch.empty_like(problem.target, dtype=results.lse.dtype)
-    picked_kernel[(problem.target.numel(),)](
+    launch(
+        picked_kernel,
+        problem.target.numel(),
         hidden=problem.hidden,
         weight=problem.weight,
         bias=problem.bias,

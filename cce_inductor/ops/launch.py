@@ -1,11 +1,9 @@
 """Launches of kernels, and what they depend on beside their problem: the device, and how operands can be loaded."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -13,6 +11,7 @@ from ..kernels import template
 from ..kernels.config import TileConfig
 from .kept_tiles import Place, kept_arguments
 from .problem import Problem, RowGradients
+from .quick_launch import launch
 
 
 @functools.lru_cache
@@ -140,7 +139,9 @@ class Launch:
                 "hidden": TensorDescriptor.from_tensor(hidden, [n, d]),
                 "weight": TensorDescriptor.from_tensor(weight, [v, d]),
             }
-        kernel[(min(tiles, self.programs),)](
+        launch(
+            kernel,
+            min(tiles, self.programs),
             **operands,
             **vocabulary_arguments(problem, columns),
             num_rows=hidden.shape[0],
@@ -160,31 +161,3 @@ class Launch:
             **kept_arguments(place),
             **arguments,
         )
-
-
-class Rounds:
-    """Launches of one kernel that differ in `round_index` only.
-
-    Triton looks at each of some thirty arguments before a launch, which takes longer than the launch and, for small
-    problems, than the kernel. Here it does so once.
-    """
-
-    def __init__(self, kernel: Any, programs: int, **arguments: Any) -> None:
-        """arguments: all but round_index, which the kernel must list in do_not_specialize."""
-        self._kernel, self._programs, self._arguments = kernel, programs, arguments
-        self._launch: Callable | None = None
-        self._in_order: list[Any] = []
-        self._place = 0  # of round_index among them
-
-    def __call__(self, round_index: int) -> None:
-        """Launches the kernel for a round."""
-        if self._launch is not None:
-            self._in_order[self._place] = round_index
-            self._launch(*self._in_order)
-            return
-        arguments = {**self._arguments, "round_index": round_index}
-        compiled = self._kernel[(self._programs,)](**arguments)
-        if isinstance(compiled, triton.compiler.CompiledKernel):  # not in Triton's interpreter
-            self._launch = compiled[self._programs, 1, 1]
-            self._in_order = [arguments[name] for name in self._kernel.arg_names]
-            self._place = self._kernel.arg_names.index("round_index")

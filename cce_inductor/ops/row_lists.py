@@ -10,6 +10,7 @@ from ..kernels.active import active_kernel
 from ..kernels.lists import lists_kernel, rounds_kernel, skipped_kernel
 from .launch import ignore_arguments, slope_arguments
 from .problem import Problem, RowGradients, Tiles
+from .quick_launch import launch
 
 # A row that needs more than this share of the tiles is dense: all tiles are computed for it, but their products for
 # the hidden states' gradient are summed in registers. Additions in memory cost as much as everything else together.
@@ -21,6 +22,7 @@ TOP_PART = 2.0**-5
 # rare tokens have more of theirs in light tiles: with a 64th the median row of the weight's gradient was off by .109 of
 # 32064 classes, by .047 and less of 50257 and more (data like a trained model's).
 LARGEST_PIECE, OF_SMALL_VOCABULARY = 2.0**-6, 2.0**-7.5
+OF_FLAT_ROW = 2.0**-5.5  # where a row would need a good part of the tiles
 SMALL_VOCABULARY = 40_000
 PLANNED_AT_ONCE = 8192  # (row, tile) pairs that a program of the first kernel keeps in registers
 
@@ -62,7 +64,9 @@ class Active:
         )
         all_tiles = triton.next_power_of_2(count)
         rows = max(1, min(32, PLANNED_AT_ONCE // all_tiles))
-        active_kernel[(-(-num_rows // rows),)](
+        launch(
+            active_kernel,
+            -(-num_rows // rows),
             tile_lse=tiles.lse,
             tile_top=tiles.top,
             lse=lse,
@@ -81,6 +85,7 @@ class Active:
             **ignore_arguments(problem),
             budget=problem.approximate_mass,
             largest_piece=problem.approximate_mass * _largest_piece(problem.vocab_size),
+            largest_of_flat=problem.approximate_mass * OF_FLAT_ROW,
             lightest_top=problem.approximate_mass**2 * TOP_PART if tops else float("inf"),
             dense_share=DENSE_SHARE,
             **slopes,
@@ -125,7 +130,9 @@ class RowLists:
             round_tiles=counts.new_empty(rounds + 1),
             rounds=rounds,
         )
-        rounds_kernel[(1,)](
+        launch(
+            rounds_kernel,
+            1,
             counts=counts,
             list_start=lists.list_start,
             round_tiles=lists.round_tiles,
@@ -136,7 +143,9 @@ class RowLists:
             BLOCK_N=block_n,
             LISTS=triton.next_power_of_2(len(counts) + 1),
         )
-        lists_kernel[(len(counts),)](
+        launch(
+            lists_kernel,
+            len(counts),
             active=active.pairs,
             tile_top=tiles.top,
             list_start=lists.list_start,
@@ -171,7 +180,9 @@ class Skipped:
             anything=torch.empty(count, dtype=torch.bool, device=lse.device),
             grad_peak=torch.linalg.vector_norm(grad_lse, ord=float("inf")),
         )
-        skipped_kernel[(count,)](
+        launch(
+            skipped_kernel,
+            count,
             tile_lse=tiles.lse,
             tile_top=tiles.top,
             lse=lse,

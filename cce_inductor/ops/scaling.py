@@ -16,6 +16,7 @@ from .. import compat
 from ..kernels.scaling import scaling_kernel
 from .launch import device_properties
 from .problem import spans
+from .quick_launch import launch
 
 BLOCK = 4096  # numbers that a program multiplies at a time
 PROGRAMS = 4  # at a time on a multiprocessor
@@ -40,7 +41,7 @@ def _scale_on_cpu(grad: Tensor, scale: Tensor) -> None:
 def _scale_on_gpu(grad: Tensor, scale: Tensor) -> None:
     programs = PROGRAMS * device_properties(grad.device)[1]
     with torch.cuda.device_of(grad):
-        scaling_kernel[(programs,)](grad, scale, grad.numel(), BLOCK=BLOCK, NUM_PROGRAMS=programs)
+        launch(scaling_kernel, programs, grad=grad, scale=scale, count=grad.numel(), BLOCK=BLOCK, NUM_PROGRAMS=programs)
 
 
 _library.impl("scaled", _scaled, "CompositeExplicitAutograd")

@@ -8,6 +8,7 @@ from ..kernels.share import coded_share_kernel, sample_kernel, share_kernel, ski
 from .kept_tiles import KeptTiles
 from .launch import slope_arguments
 from .problem import Tiles
+from .quick_launch import launch
 from .row_lists import Active, Skipped
 from .sparse_operands import SparseOperands
 
@@ -43,7 +44,9 @@ def of_columns(
     }
     if kept.places:
         sample = sample_of(grad_lse, SAMPLED_CODES)
-        coded_share_kernel[(kept.first_left,)](
+        launch(
+            coded_share_kernel,
+            kept.first_left,
             **known,
             **kept.code_arguments(),
             sample=sample,
@@ -58,7 +61,9 @@ def of_columns(
     if kept.first_left < count:
         sample = sample_of(grad_lse, SAMPLED_ROWS)
         hidden = operands.hidden[sample]
-        share_kernel[(min(count - kept.first_left, operands.processors),)](
+        launch(
+            share_kernel,
+            min(count - kept.first_left, operands.processors),
             **known,
             **operands.logits(),
             sampled_hidden=operands.blocks_of(hidden, config.block_n, config.block_d),
@@ -77,7 +82,9 @@ def sample_of(grad_lse: Tensor, number: int) -> Tensor:
     rows = len(grad_lse)
     places = torch.empty(rows, dtype=torch.int32, device=grad_lse.device)
     sample = torch.empty(min(number, rows), dtype=torch.int32, device=grad_lse.device)
-    sample_kernel[(1,)](
+    launch(
+        sample_kernel,
+        1,
         grad_lse=grad_lse,
         places=places,
         sample=sample,
@@ -96,7 +103,9 @@ def of_weight(operands: SparseOperands, share: Tensor) -> tuple[Tensor, Tensor]:
     skipped_weight = weight.new_empty(tiles, width, dtype=problem.compute_dtype)
     weight_peak = torch.zeros(1, dtype=torch.int32, device=weight.device)
     depth = min(WEIGHT_DEPTH, triton.next_power_of_2(width))
-    skipped_weight_kernel[(tiles * -(-width // depth),)](
+    launch(
+        skipped_weight_kernel,
+        tiles * -(-width // depth),
         weight=weight,
         share=share,
         skipped_weight=skipped_weight,

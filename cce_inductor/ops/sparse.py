@@ -27,8 +27,9 @@ from ..kernels.sparse import (
 from ..kernels.top_gradient import top_hidden_kernel, top_weight_kernel
 from . import shares
 from .kept_tiles import KeptTiles
-from .launch import Rounds, ignore_arguments, l2_cache_bytes, slope_arguments
+from .launch import ignore_arguments, l2_cache_bytes, slope_arguments
 from .problem import Problem, RowGradients, Tiles
+from .quick_launch import Rounds, launch
 from .row_lists import Active, RowLists, Skipped
 from .sparse_operands import SparseOperands
 from .sparse_rounds import blocks_of_a_round
@@ -141,7 +142,9 @@ class _SparseBackward(SparseOperands):
         block_n = self.config.block_n
         slots = -(-self.problem.num_rows // block_n)  # should all be dense
         dense_hidden = self.hidden.new_empty(slots * block_n, self.problem.width)
-        dense_rows_kernel[(slots,)](
+        launch(
+            dense_rows_kernel,
+            slots,
             hidden=self.hidden,
             slot_rows=self.lists.slot_rows,
             list_start=self.lists.list_start,
@@ -167,7 +170,9 @@ class _SparseBackward(SparseOperands):
         block_d = max(2, triton.next_power_of_2(width))  # sums are kept in pairs
         # short loops that end at once in many programs, or whole rows, for which loads go ahead of the products
         block_d, warps, stages = (min(block_d, TOP_DEPTH), 1, 1) if known else (block_d, 8, self.config.num_stages)
-        top_hidden_kernel[(rows * -(-width // block_d),)](
+        launch(
+            top_hidden_kernel,
+            rows * -(-width // block_d),
             hidden=self.hidden,
             weight=self.weight,
             bias=problem.bias,
@@ -327,7 +332,9 @@ class _SparseBackward(SparseOperands):
         """The gradient of the hidden states, from what all rounds added and what was skipped."""
         problem = self.problem
         grad_hidden = torch.empty(problem.hidden.shape, dtype=problem.hidden_dtype, device=self.lse.device)
-        complete_hidden_kernel[(problem.num_rows,)](
+        launch(
+            complete_hidden_kernel,
+            problem.num_rows,
             fixed=self.fixed,
             skipped=self.skipped.mass.T @ self.skipped_weight,
             **self._rows(),

@@ -17,6 +17,7 @@ from .combine import entropy_of, largest, log_sum
 from .kept import KeptLogits
 from .launch import device_properties, gradient_arguments, ignore_arguments, vocabulary_arguments
 from .problem import Problem, Reductions, RowGradients, spans
+from .quick_launch import launch
 
 ALIGNMENT = 16  # rows of a block that begin at multiples of so many numbers are read in the largest pieces
 
@@ -146,7 +147,9 @@ def _launch(kernel: Any, problem: Problem, rows: slice, columns: slice, z: Tenso
     """Runs a kernel over the tiles of a block of logits z."""
     config = stored_config(device_properties(z.device)[0])
     num_rows, num_columns = z.shape
-    kernel[(-(-num_rows // config.block_n) * -(-num_columns // config.block_v),)](
+    launch(
+        kernel,
+        -(-num_rows // config.block_n) * -(-num_columns // config.block_v),
         z=z,
         target=None if problem.target is None else problem.target[rows],
         num_rows=num_rows,

@@ -14,6 +14,7 @@ from cce_inductor.ops import cuda, row_lists
 from cce_inductor.ops.problem import Tiles
 from cce_inductor.ops.row_lists import (
     LARGEST_PIECE,
+    OF_FLAT_ROW,
     OF_SMALL_VOCABULARY,
     SMALL_VOCABULARY,
     Active,
@@ -54,6 +55,7 @@ def of_masses(masses, share=0.0):
 def test_many_light_tiles_are_skipped_to_within_the_budget(mass, share, monkeypatch):
     """Each of them is light enough, and all of them together are too heavy. Of tops only the rest counts."""
     monkeypatch.setattr(row_lists, "OF_SMALL_VOCABULARY", LARGEST_PIECE)
+    monkeypatch.setattr(row_lists, "OF_FLAT_ROW", LARGEST_PIECE)
     light, rows = 200, 8
     case = make(rows, (light + 1) * TILE_WIDTH, 1)
     rests = torch.rand(light, rows, generator=torch.Generator().manual_seed(0)) * mass * LARGEST_PIECE
@@ -94,6 +96,21 @@ def test_a_tile_of_a_small_vocabulary_may_be_skipped_if_it_is_lighter(vocab, pie
     gradients = torch.ones(1), torch.zeros(1)
     pairs = all_active(case.problem(approximate_mass=mass), torch.zeros(1), of_masses(masses), gradients)
     assert active_and_tops(pairs)[0][:2, 0].tolist() == [True, part > 1]
+
+
+@pytest.mark.parametrize(("part", "flat"), [(0.95, False), (1.05, True)])
+def test_a_row_that_needs_many_tiles_may_skip_heavier_ones(part, flat):
+    """All but one are heavier than the largest piece, and lighter than that of a flat row."""
+    mass, tiles = 2**-3, 200
+    case = make(1, tiles * TILE_WIDTH, 1)
+    needed = round(part * active_rules.FLAT_SHARE.value * tiles)
+    masses = torch.zeros(tiles, 1)
+    masses[1:needed] = mass * (OF_SMALL_VOCABULARY * OF_FLAT_ROW) ** 0.5
+    masses[0] = 1 - masses.sum()
+    gradients = torch.ones(1), torch.zeros(1)
+    pairs = all_active(case.problem(approximate_mass=mass), torch.zeros(1), of_masses(masses), gradients)
+    active = active_and_tops(pairs)[0][:, 0]
+    assert active.tolist() == [True] + [not flat] * (needed - 1) + [False] * (tiles - needed)
 
 
 @pytest.mark.parametrize(("weight", "share", "computed"), [(1.0, 0.5, True), (1.0, 0.1, False), (0.1, 0.5, False)])
