@@ -10,8 +10,8 @@
 
 Where a tile that is not active has a top, that token alone is computed, and only the rest is approximated.
 The error of the gradients grows with the square root of the sum of the squares of what is approximated. So it takes
-many light tiles to do the harm of a heavier one, and a row that may skip a lot must do so in small pieces. Of a flat row
-rare tokens have more: larger pieces are as small a part of that.
+many light tiles to do the harm of a heavier one, and a row that may skip a lot must do so in small pieces. In a flat
+row rare tokens have more, and larger pieces are as small a part of that.
 The target is always computed, and no tile is active where the row has no gradient. A row that is spread evenly skips
 nearly nothing, so an untrained model stays exact by itself. A row that needs most of the tiles is *dense*: it gets all
 of them, and is listed once instead of in each tile.
@@ -24,7 +24,7 @@ from .pointwise import exp, log
 from .tops import column_of, number_of, with_column
 
 LEAST_SHARE = tl.constexpr(0.25)  # of its tile, that the heaviest token has to have to be computed alone
-FLAT_SHARE = tl.constexpr(0.25)
+FLAT_SHARE = tl.constexpr(0.4)
 SMALLEST_LOG2 = tl.constexpr(-40.0)  # rests below 2**-40 are all the same
 BISECTIONS = tl.constexpr(9)  # they find the threshold to a factor of 2**(40 / 2**9)
 
