@@ -40,7 +40,7 @@ def _decisive(argument: Any) -> Any:
         return argument.dtype, argument.data_ptr() % 16 == 0
     if isinstance(argument, TensorDescriptor):
         return argument.base.dtype, *argument.block_shape
-    return float if isinstance(argument, float) else argument
+    return float if isinstance(argument, float) else (type(argument), argument)
 
 
 def _watched() -> bool:

@@ -185,7 +185,9 @@ DESCRIPTORS = st.builds(
     st.sampled_from([16, 32]),
     st.sampled_from([16, 32]),
 )
-NUMBERS = st.sampled_from([0, 1, 2, 3, 8, 15, 16, 48, 2**31 - 1, 2**31, 2**63 - 1, -1, 0.0, 1.0, 0.5, None])
+NUMBERS = st.sampled_from(
+    [0, 1, 2, 3, 8, 15, 16, 48, 2**31 - 1, 2**31, 2**63 - 1, -1, 0.0, 1.0, 0.5, True, False, None]
+)
 
 
 @given(first=st.one_of(TENSORS, DESCRIPTORS, NUMBERS), second=st.one_of(TENSORS, DESCRIPTORS, NUMBERS))
