@@ -79,7 +79,7 @@ def problems(draw, picks=(None,)):
     return case, case.problem(workspace_bytes=workspace, skip_ignored=draw(st.booleans()))
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(problems(picks=(None, None, 1, 5, 64)))
 def test_on_a_cpu(given):
     case, problem = given
