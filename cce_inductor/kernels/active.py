@@ -24,7 +24,7 @@ from .pointwise import exp, log
 from .tops import column_of, number_of, with_column
 
 LEAST_SHARE = tl.constexpr(0.25)  # of its tile, that the heaviest token has to have to be computed alone
-FLAT_SHARE = tl.constexpr(0.4)
+FLAT_SHARE = tl.constexpr(0.4)  # of the tiles: a row that needs more is flat
 SMALLEST_LOG2 = tl.constexpr(-40.0)  # rests below 2**-40 are all the same
 BISECTIONS = tl.constexpr(9)  # they find the threshold to a factor of 2**(40 / 2**9)
 

@@ -19,7 +19,7 @@ _compiled: dict[tuple, Any] = {}
 
 
 def launch(kernel: Any, programs: int, /, **arguments: Any) -> Any:
-    """`kernel[(programs,)](**arguments)` where all arguments have names; returns the same."""
+    """`kernel[(programs,)](**arguments)` where all arguments have names; the compiled kernel, where there is one."""
     if not isinstance(kernel, triton.JITFunction):  # but one of Triton's interpreter
         return kernel[(programs,)](**arguments)
     key = (kernel, driver.active.get_current_device(), *arguments, *map(_decisive, arguments.values()))
@@ -30,7 +30,7 @@ def launch(kernel: Any, programs: int, /, **arguments: Any) -> Any:
             _compiled.clear()
         _compiled[key] = compiled
     else:
-        _start(compiled, programs, [arguments[name] for name in kernel.arg_names])
+        _start(compiled, kernel, programs, arguments)
     return compiled
 
 
@@ -49,9 +49,10 @@ def _watched() -> bool:
     return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
 
 
-def _start(compiled: Any, programs: int, in_order: list[Any]) -> None:
+def _start(compiled: Any, kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
     stream = driver.active.get_current_stream(driver.active.get_current_device())
     metadata_and_hooks = compiled.packed_metadata, None, None, None
+    in_order = (arguments[name] for name in kernel.arg_names)
     compiled.run(programs, 1, 1, stream, compiled.function, *metadata_and_hooks, *in_order)
 
 
@@ -62,18 +63,11 @@ class Rounds:
         """arguments: all but round_index, which the kernel must list in do_not_specialize."""
         self._kernel, self._programs, self._arguments = kernel, programs, arguments
         self._compiled: Any = None
-        self._in_order: list[Any] = []
-        self._place = 0  # of round_index among them
 
     def __call__(self, round_index: int) -> None:
         """Launches the kernel for a round."""
-        if self._compiled is not None and not _watched():
-            self._in_order[self._place] = round_index
-            _start(self._compiled, self._programs, self._in_order)
-            return
-        arguments = {**self._arguments, "round_index": round_index}
-        compiled = launch(self._kernel, self._programs, **arguments)
-        if isinstance(compiled, triton.compiler.CompiledKernel):  # not in Triton's interpreter
-            self._compiled = compiled
-            self._in_order = [arguments[name] for name in self._kernel.arg_names]
-            self._place = self._kernel.arg_names.index("round_index")
+        self._arguments["round_index"] = round_index
+        if self._compiled is None or _watched():
+            self._compiled = launch(self._kernel, self._programs, **self._arguments)
+        else:
+            _start(self._compiled, self._kernel, self._programs, self._arguments)

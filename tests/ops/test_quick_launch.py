@@ -3,10 +3,10 @@
 import pytest
 import torch
 import triton
+from architectures import Driver
 from hypothesis import given
 from hypothesis import strategies as st
 from triton import knobs
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -22,26 +22,16 @@ def one_kernel(argument):
     """Nothing runs it."""
 
 
-class Driver:
-    """As much of a GPU as looking for a compiled kernel takes."""
-
-    device, stream = 0, 7
-
-    def get_current_device(self):
-        return self.device
-
-    def get_current_stream(self, device):
-        return self.stream
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch):
+    """The one that Triton finds; a function puts another in its place."""
     monkeypatch.setattr(quick_launch, "_compiled", {})
-    monkeypatch.setattr(driver, "_active", Driver())
-    return driver.active
+
+    def put(gpu):
+        monkeypatch.setattr(driver, "_active", Driver(gpu))
+
+    put("9.0")
+    return put
 
 
 class Compiled(triton.compiler.CompiledKernel):
@@ -86,7 +76,7 @@ def test_a_second_launch_starts_what_the_first_one_compiled():
     assert kernel.asked[0][0] == (3,)
     in_order = [others[name] for name in ("first", "second", "count", "scale", "ROWS", "round_index")]
     (started,) = compiled.started
-    assert started[:9] == (5, 1, 1, 7, "function", "metadata", None, None, None)
+    assert started[:9] == (5, 1, 1, 0, "function", "metadata", None, None, None)
     assert all(a is b for a, b in zip(started[9:], in_order, strict=True))
 
 
@@ -121,7 +111,7 @@ def test_arguments_that_decide_more_are_left_to_triton(changed):
 def test_each_kernel_and_each_gpu_has_its_own(gpu):
     kernel, other = Kernel(), Kernel()
     launch(kernel, 3, **arguments())
-    gpu.device = 1
+    gpu("8.0")
     launch(kernel, 3, **arguments())
     assert len(kernel.asked) == 2
     other.hash = "of another source"
@@ -132,7 +122,7 @@ def test_each_kernel_and_each_gpu_has_its_own(gpu):
 def test_hooks_are_told_of_all_launches():
     kernel = Kernel()
     rounds = Rounds(kernel, 3, **{name: value for name, value in arguments().items() if name != "round_index"})
-    hook = lambda metadata: None  # noqa: E731
+    hook = [].append
     knobs.runtime.launch_enter_hook.add(hook)
     try:
         for index in range(2):
@@ -165,7 +155,7 @@ def test_rounds_differ_in_their_index_only():
     assert [call[9:] for call in started] == [(first, None, 12, 0.5, 4, index) for index in (1, 2, 3)]
 
 
-def test_the_interpreter_launches_as_it_does(gpu):
+def test_the_interpreter_launches_as_it_does():
     class Interpreted:
         def __getitem__(self, grid):
             return lambda **arguments: (grid, arguments)

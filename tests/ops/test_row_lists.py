@@ -50,6 +50,14 @@ def of_masses(masses, share=0.0):
     return Tiles(masses.log(), top)
 
 
+def planned(mass, masses, share=0.0, vocab=None, tops=True):
+    """What rows with a gradient and no target need of tiles with these masses, where so much may be approximated."""
+    count, rows = masses.shape
+    problem = make(rows, vocab or count * TILE_WIDTH, 1).problem(approximate_mass=mass)
+    gradients = torch.ones(rows), torch.zeros(rows)
+    return all_active(problem, torch.zeros(rows), of_masses(masses, share), gradients, tops)
+
+
 @pytest.mark.parametrize("mass", [2**-4, 2**-2])
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_many_light_tiles_are_skipped_to_within_the_budget(mass, share, monkeypatch):
@@ -57,14 +65,10 @@ def test_many_light_tiles_are_skipped_to_within_the_budget(mass, share, monkeypa
     monkeypatch.setattr(row_lists, "OF_SMALL_VOCABULARY", LARGEST_PIECE)
     monkeypatch.setattr(row_lists, "OF_FLAT_ROW", LARGEST_PIECE)
     light, rows = 200, 8
-    case = make(rows, (light + 1) * TILE_WIDTH, 1)
     rests = torch.rand(light, rows, generator=torch.Generator().manual_seed(0)) * mass * LARGEST_PIECE
     shares = rests / (1 - share)
     shares = torch.cat([shares, 1 - shares.sum(0, keepdim=True)])
-    gradients = torch.ones(rows), torch.zeros(rows)
-    problem = case.problem(approximate_mass=mass)
-    active = all_active(problem, torch.zeros(rows), of_masses(shares, share), gradients)
-    active, tops = active_and_tops(active)
+    active, tops = active_and_tops(planned(mass, shares, share))
     assert torch.equal(tops, ~active & (shares >= mass**2 * row_lists.TOP_PART) & (share > 0))
     skipped = torch.where(active, 0.0, torch.where(tops, (1 - share) * shares, shares)).sum(0)
     assert (skipped <= mass * (1 + 1e-5)).all()
@@ -75,11 +79,8 @@ def test_many_light_tiles_are_skipped_to_within_the_budget(mass, share, monkeypa
 def test_a_heavy_tile_that_is_nearly_one_token_needs_only_that(share, needed):
     """Half of the budget in one tile, of which at most a small part may be approximated."""
     mass = 2**-3
-    case = make(1, 2 * TILE_WIDTH, 1)
     masses = torch.tensor([[1 - mass / 2], [mass / 2]])
-    gradients = torch.ones(1), torch.zeros(1)
-    pairs = all_active(case.problem(approximate_mass=mass), torch.zeros(1), of_masses(masses, share), gradients)
-    active, tops = active_and_tops(pairs)
+    active, tops = active_and_tops(planned(mass, masses, share))
     assert active[1].item() == needed
     assert tops[1].item() != needed
 
@@ -90,26 +91,20 @@ def test_a_heavy_tile_that_is_nearly_one_token_needs_only_that(share, needed):
 @pytest.mark.parametrize("part", [0.9, 1.1])  # a threshold is found to within a factor of 1.06
 def test_a_tile_of_a_small_vocabulary_may_be_skipped_if_it_is_lighter(vocab, piece, part):
     mass = 2**-3
-    case = make(1, vocab, 1)
     masses = torch.zeros(-(-vocab // TILE_WIDTH), 1)
     masses[:2, 0] = torch.tensor([1 - mass * piece * part, mass * piece * part])
-    gradients = torch.ones(1), torch.zeros(1)
-    pairs = all_active(case.problem(approximate_mass=mass), torch.zeros(1), of_masses(masses), gradients)
-    assert active_and_tops(pairs)[0][:2, 0].tolist() == [True, part > 1]
+    assert active_and_tops(planned(mass, masses, vocab=vocab))[0][:2, 0].tolist() == [True, part > 1]
 
 
 @pytest.mark.parametrize(("part", "flat"), [(0.95, False), (1.05, True)])
 def test_a_row_that_needs_many_tiles_may_skip_heavier_ones(part, flat):
     """All but one are heavier than the largest piece, and lighter than that of a flat row."""
     mass, tiles = 2**-3, 200
-    case = make(1, tiles * TILE_WIDTH, 1)
     needed = round(part * active_rules.FLAT_SHARE.value * tiles)
     masses = torch.zeros(tiles, 1)
     masses[1:needed] = mass * (OF_SMALL_VOCABULARY * OF_FLAT_ROW) ** 0.5
     masses[0] = 1 - masses.sum()
-    gradients = torch.ones(1), torch.zeros(1)
-    pairs = all_active(case.problem(approximate_mass=mass), torch.zeros(1), of_masses(masses), gradients)
-    active = active_and_tops(pairs)[0][:, 0]
+    active = active_and_tops(planned(mass, masses))[0][:, 0]
     assert active.tolist() == [True] + [not flat] * (needed - 1) + [False] * (tiles - needed)
 
 
@@ -117,20 +112,15 @@ def test_a_row_that_needs_many_tiles_may_skip_heavier_ones(part, flat):
 def test_a_token_is_computed_alone_where_it_stands_out(weight, share, computed):
     """In tiles that are heavy enough, and that it has enough of."""
     mass = 2**-3
-    case = make(1, 20 * TILE_WIDTH, 1)
     masses = torch.full((20, 1), weight * mass**2 * row_lists.TOP_PART * 1.01)
     masses[0] = 1 - masses[1:].sum()
-    gradients = torch.ones(1), torch.zeros(1)
-    active = all_active(case.problem(approximate_mass=mass), torch.zeros(1), of_masses(masses, share), gradients)
+    active = planned(mass, masses, share)
     assert active_and_tops(active)[1].any() == computed
     assert share < active_rules.LEAST_SHARE.value or weight < 1 or computed
     assert active.row_count.item() == 19 * computed
     if computed:  # the first column of each but the first tile
         assert active.row_tokens[0, :19].tolist() == [TILE_WIDTH * tile for tile in range(1, 20)]
-    without = all_active(
-        case.problem(approximate_mass=mass), torch.zeros(1), of_masses(masses, share), gradients, False
-    )
-    assert not active_and_tops(without)[1].any()
+    assert not active_and_tops(planned(mass, masses, share, tops=False))[1].any()
 
 
 @given(
