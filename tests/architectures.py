@@ -179,7 +179,7 @@ def solve(
     options |= {"want_total": False} | wanted
     results = library._forward(cuda, *tensors, None, **options)
     grads = by_row, by_target, by_row, *(by_row if wanted.get(name) else None for name in ("want_max", "want_entropy"))
-    saved = results.argmax, results.entropy, results.lse, results.tile_lse, results.tile_top
+    saved = results.argmax, results.entropy, results.lse, results.tile_lse, results.tile_tops
     library._backward(cuda, *grads, *saved, *tensors, None, needs_grad=needs_grad, **options)
 
 

@@ -151,7 +151,7 @@ def _emit(sweep: Sweep, site: Site, emitter: Emitter, options: Options, once: bo
         given = {
             name: emitter.proxy(emitter.call(operator.getitem, outputs, i))
             for i, name in enumerate(Reductions._fields)
-            if name not in ("tile_lse", "tile_top")
+            if name not in ("tile_lse", "tile_tops")
         }
     pairs = []
     for reduction in sweep.reductions:

@@ -5,7 +5,7 @@
     tile_total[j, n] = sum over v in tile j of total_weight[v] * x[n, v]
     tile_maximum[j, n], tile_argmax[j, n] = the largest x[n, v], v in tile j, and the first v that has it
     tile_entropy[j, n] = - sum over v in tile j of q[v] * log q[v],  q[v] = exp(x[n, v] - tile_lse[j, n])
-    tile_top[j, n]     = 1 - the largest q[v], with its place in the tile (`kernels/tops.py`)
+    tile_tops[j, n]    = where the two largest q[v] are in the tile, and what is left without them (`kernels/tops.py`)
 
 The log-sum-exp over the whole vocabulary is the log-sum-exp of the tiles' (Wijmans et al., arXiv 2411.09009,
 computes it with locks instead). Rows left out of `hidden` cost nothing. The kernel is persistent: as many programs as
@@ -36,7 +36,7 @@ def forward_kernel(
     tile_maximum,  # [tiles, N]
     tile_argmax,  # [tiles, N], int32
     tile_entropy,  # [tiles, N]
-    tile_top,  # [tiles, N], int32
+    tile_tops,  # [tiles, N, 2], int32
     kept,  # what stays for the gradient: logits where KEEP (`kept.py`), codes of probabilities where CODE (`codes.py`)
     kept_base,  # [tiles of the slice, N], what logits are differences to
     num_rows,
@@ -56,7 +56,7 @@ def forward_kernel(
     HAS_TOTAL_WEIGHT: tl.constexpr,
     WANT_MAX: tl.constexpr,
     WANT_ENTROPY: tl.constexpr,
-    WANT_TOP: tl.constexpr,
+    WANT_TOPS: tl.constexpr,
     SOME_ROWS: tl.constexpr,
     KEEP: tl.constexpr,
     CODE: tl.constexpr,
@@ -109,8 +109,10 @@ def forward_kernel(
         if WANT_ENTROPY:
             spread = tl.sum(exp * tl.maximum(x - shift[:, None], LEAST_LOG), 1)
             tl.store(tile_entropy + results, tl.log(total) - spread / total, mask=row_mask)
-        if WANT_TOP:
-            tl.store(tile_top + results, heaviest(exp, total, BLOCK_V), mask=row_mask)
+        if WANT_TOPS:
+            first, second = heaviest(exp, total, BLOCK_V)
+            tl.store(tile_tops + 2 * results, first, mask=row_mask)
+            tl.store(tile_tops + 2 * results + 1, second, mask=row_mask)
         tl.store(tile_lse + results, shift + tl.log(total), mask=row_mask)
         if CODE:
             store_codes(kept, exp, column_block, places, row_mask, num_rows, BLOCK_V)

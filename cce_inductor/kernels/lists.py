@@ -1,7 +1,8 @@
 """From which pairs of rows and vocabulary tiles are active to the lists that the sparse backward walks over.
 
-List 0 has the dense rows, and list 1 + j the other rows that need tile j. Then come the rows that need one token of a
-tile only (`kernels/tops.py`), by the part of the tile that it lies in. Lists are in order and cut into slots
+List 0 has the dense rows, and list 1 + j the other rows that need tile j. Then come the rows that need some tokens of a
+tile only (`kernels/tops.py`), once for each, by the part of the tile that it lies in: as 2 * row, + 1 for the second
+token of its tile. Lists are in order and cut into slots
 of BLOCK_N rows; the last slot of a list is filled up with -1. With the rows of a slot and the columns of a tile goes a
 block of the logits. Its rows need not lie next to each other, so what a batch costs does not depend on the order of its
 rows. The blocks of a tile are those of the dense rows, then those of its own list; tops have none.
@@ -45,10 +46,10 @@ def rounds_kernel(
 
 @triton.jit(do_not_specialize=["num_rows", "num_tiles"])
 def lists_kernel(
-    active,  # [1 + 2 * tiles, N], bool: dense rows, active pairs, tops
-    tile_top,  # [tiles, N], int32
+    active,  # bool: dense rows [N], active pairs [tiles, N], tops [tiles, N, 2]
+    tile_tops,  # [tiles, N, 2], int32
     list_start,  # [lists + 1]
-    slot_rows,  # [slots * BLOCK_N], int32, -1 before: the listed rows
+    slot_rows,  # [slots * BLOCK_N], int32, -1 before: what is listed
     slot_tile,  # [slots], int32: the tile of each slot of active pairs
     num_rows,
     num_tiles,
@@ -63,20 +64,21 @@ def lists_kernel(
     parts: tl.constexpr = TILE_WIDTH // PART
     top = index - 1 - num_tiles
     tile = tl.where(top >= 0, top // parts, index - 1)
-    source = tl.where(top >= 0, 1 + num_tiles + tile, index).to(tl.int64) * num_rows
+    source = tl.where(top >= 0, 1 + num_tiles + 2 * tile, index).to(tl.int64) * num_rows
     start = tl.load(list_start + index)
     slots = tl.load(list_start + index + 1) - start
     first = start.to(tl.int64) * BLOCK_N
     count = 0
-    for row in range(0, num_rows, ROWS):
-        rows = row + tl.arange(0, ROWS)
-        mask = rows < num_rows
-        listed = tl.load(active + source + rows, mask=mask, other=0) != 0
+    entries = tl.where(top >= 0, 2, 1) * num_rows
+    for entry in range(0, entries, ROWS):
+        here = entry + tl.arange(0, ROWS)
+        mask = here < entries
+        listed = tl.load(active + source + here, mask=mask, other=0) != 0
         if top >= 0:
-            packed = tl.load(tile_top + tile.to(tl.int64) * num_rows + rows, mask=mask, other=0)
+            packed = tl.load(tile_tops + tile.to(tl.int64) * entries + here, mask=mask, other=0)
             listed = listed & (column_of(packed, TILE_WIDTH) // PART == top % parts)
         places = first + count + tl.cumsum(listed.to(tl.int32), 0) - 1
-        tl.store(slot_rows + places, rows, mask=listed)
+        tl.store(slot_rows + places, here, mask=listed)
         count += tl.sum(listed.to(tl.int32), 0)
     if (top < 0) & (tile >= 0):
         places = tl.arange(0, ROW_BLOCKS)
@@ -110,11 +112,11 @@ def dense_rows_kernel(
 @triton.jit(do_not_specialize=["num_rows", "num_tiles"])
 def skipped_kernel(
     tile_lse,  # [tiles, N]
-    tile_top,  # [tiles, N], int32
+    tile_tops,  # [tiles, N, 2], int32
     lse,  # [N]
     grad_lse,  # [N]
     grad_peak,  # one number: the largest |grad_lse|
-    active,  # [1 + 2 * tiles, N], bool: dense rows, active pairs, tops
+    active,  # bool: dense rows [N], active pairs [tiles, N], tops [tiles, N, 2]
     skipped_mass,  # [tiles, N]: mass * grad_lse / grad_peak of what is not computed of the tile
     skips,  # [tiles], bool: whether any row skips the tile
     num_rows,
@@ -125,21 +127,23 @@ def skipped_kernel(
     """A program writes what is skipped in a tile."""
     tile = tl.program_id(0)
     here = tile.to(tl.int64) * num_rows
-    all_tiles = num_tiles.to(tl.int64) * num_rows
+    tops = active + (1 + num_tiles.to(tl.int64)) * num_rows
     peak = tl.load(grad_peak)
     skipping = 0
     for row in range(0, num_rows, ROWS):
         rows = row + tl.arange(0, ROWS)
         mask = rows < num_rows
-        own = active + num_rows + here + rows
-        computed = tl.load(active + rows, mask=mask, other=1) | tl.load(own, mask=mask, other=1)
-        top = tl.load(own + all_tiles, mask=mask, other=0)
+        pairs = here + rows
+        computed = tl.load(active + rows, mask=mask, other=1) | tl.load(active + num_rows + pairs, mask=mask, other=1)
         grad = tl.load(grad_lse + rows, mask=mask, other=0.0)
         skipped = (computed == 0) & (grad != 0.0)
         skipping += tl.sum(skipped.to(tl.int32), 0)
-        mass = exp(tl.load(tile_lse + here + rows, mask=mask, other=0.0) - tl.load(lse + rows, mask=mask, other=0.0))
-        rest_share = number_of(tl.load(tile_top + here + rows, mask=mask, other=0), TILE_WIDTH)
-        mass = tl.where(top != 0, mass * rest_share, mass)
-        mass = tl.where(skipped, mass * (grad / peak), 0.0)
-        tl.store(skipped_mass + here + rows, mass.to(skipped_mass.dtype.element_ty), mask=mask)
+        mass = exp(tl.load(tile_lse + pairs, mask=mask, other=0.0) - tl.load(lse + rows, mask=mask, other=0.0))
+        share = tl.full((ROWS,), 1.0, dtype=tl.float32)
+        for which in tl.static_range(2):
+            alone = tl.load(tops + 2 * pairs + which, mask=mask, other=0) != 0
+            left = number_of(tl.load(tile_tops + 2 * pairs + which, mask=mask, other=0), TILE_WIDTH)
+            share = tl.where(alone, left, share)
+        mass = tl.where(skipped, mass * share * (grad / peak), 0.0)
+        tl.store(skipped_mass + pairs, mass.to(skipped_mass.dtype.element_ty), mask=mask)
     tl.store(skips + tile, skipping > 0)

@@ -1,7 +1,7 @@
 """The logit of each target, one dot product for each; where rows have one target,
 
     picked[n] = f(hidden[n] . weight[target[n]] + bias[target[n]])          0 where target[n] == ignore_index
-    tile_top[j, n] = 1 - exp(picked[n] - tile_lse[j, n]), with the target's place, in the tile j of target[n]
+    tile_tops[j, n] = the records of the target and the heaviest other token, in the tile j of target[n]
 
 Computed apart, it costs a thousandth of the forward kernel. Inside, it made some tiles slower than others, so that
 programs ceased to read the same tiles at the same time and the L2 cache missed: 1.1 to 1.4 times the whole forward.
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .pointwise import exp
-from .tops import with_column
+from .tops import with_target
 
 
 @triton.jit(do_not_specialize=["ignore_index", "num_rows"])
@@ -25,9 +25,9 @@ def picked_kernel(
     lse,  # [N]
     picked,  # [N, num_targets]
     tile_lse,  # [tiles, N]
-    tile_top,  # [tiles, N], int32: the heaviest token of each; written where WANT_TOP
+    tile_tops,  # [tiles, N, 2], int32: the heaviest tokens of each; read and written where WANT_TOPS
     num_rows,
-    num_targets,  # of each row; one where WANT_TOP
+    num_targets,  # of each row; one where WANT_TOPS
     width,
     ignore_index,
     stride_hn,
@@ -37,7 +37,7 @@ def picked_kernel(
     VALUE: tl.constexpr,  # the generated function f
     HAS_BIAS: tl.constexpr,
     HAS_IGNORE_INDEX: tl.constexpr,
-    WANT_TOP: tl.constexpr,
+    WANT_TOPS: tl.constexpr,
     TILE: tl.constexpr,  # columns of a tile
     BLOCK_D: tl.constexpr,
 ):
@@ -59,8 +59,13 @@ def picked_kernel(
         z += tl.load(bias + column).to(tl.float32)
     x = tl.minimum(VALUE(z), tl.load(lse + row))
     tl.store(picked + pick, tl.where(counts, x, 0.0))
-    if WANT_TOP:
+    if WANT_TOPS:
         place = (column // TILE) * num_rows + row
         of_tile = tl.load(tile_lse + place)
-        rest = tl.where(x < of_tile, 1.0 - exp(x - of_tile), 0.0)
-        tl.store(tile_top + place, with_column(rest, (column % TILE).to(tl.int32), TILE), mask=counts)
+        share = tl.where(x < of_tile, exp(x - of_tile), 1.0)
+        records = tile_tops + 2 * place
+        first, second = with_target(
+            tl.load(records), tl.load(records + 1), (column % TILE).to(tl.int32), share, TILE
+        )  # fmt: skip
+        tl.store(records, first, mask=counts)
+        tl.store(records + 1, second, mask=counts)

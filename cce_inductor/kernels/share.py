@@ -47,19 +47,33 @@ def sample_kernel(
 
 @triton.jit
 def _of_sample(
-    sample, grad_lse, skipped_mass, active, tile_top, first, number, tile, num_rows, num_tiles,
+    sample, grad_lse, skipped_mass, active, tile_tops, first, number, tile, num_rows, num_tiles,
     BLOCK_N: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """(rows, which there are, their scales, the place in the tile of the token that each does not skip or -1)."""
+    """(rows, which there are, their scales, the places in the tile of two tokens that each does not skip or -1)."""
     index = first + tl.arange(0, BLOCK_N)
     mask = index < number
     rows = tl.load(sample + index, mask=mask, other=0)
     here = tl.cast(tile, tl.int64) * num_rows + rows
     skips = tl.load(skipped_mass + here, mask=mask, other=0.0) != 0.0
     scale = tl.abs(tl.load(grad_lse + rows, mask=mask, other=0.0)) * tl.where(skips, 1.0 + EVERYWHERE, EVERYWHERE)
-    is_top = tl.load(active + (1 + num_tiles.to(tl.int64)) * num_rows + here, mask=mask, other=0) != 0
-    top = tl.where(is_top, column_of(tl.load(tile_top + here, mask=mask, other=0), TILE), -1)
-    return rows, mask, scale, top
+    tops = active + (1 + num_tiles.to(tl.int64)) * num_rows + 2 * here
+    first = _column_if(tl.load(tops, mask=mask, other=0), tl.load(tile_tops + 2 * here, mask=mask, other=0), TILE)
+    tops, records = tops + 1, tile_tops + 2 * here + 1
+    second = _column_if(tl.load(tops, mask=mask, other=0), tl.load(records, mask=mask, other=0), TILE)
+    return rows, mask, scale, first, second
+
+
+@triton.jit
+def _column_if(is_top, packed, TILE: tl.constexpr):
+    return tl.where(is_top != 0, column_of(packed, TILE), -1)
+
+
+@triton.jit
+def _skipped(top, other_top, TILE: tl.constexpr):
+    """Which columns of the tile rows skip, [rows, TILE]."""
+    columns = tl.arange(0, TILE)[None, :]
+    return (columns != top[:, None]) & (columns != other_top[:, None])
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_columns", "num_tiles", "number", "first_left"])
@@ -71,8 +85,8 @@ def share_kernel(
     lse,  # [N]
     grad_lse,  # [N]
     skipped_mass,  # [tiles, N]
-    active,  # [1 + 2 * tiles, N], bool: dense rows, active pairs, tops
-    tile_top,  # [tiles, N], int32
+    active,  # bool: dense rows [N], active pairs [tiles, N], tops [tiles, N, 2]
+    tile_tops,  # [tiles, N, 2], int32
     skips,  # [tiles], bool: whether any row skips the tile
     share,  # [V]
     num_rows,
@@ -106,14 +120,13 @@ def share_kernel(
                 stride_hn, stride_hd, stride_wv, stride_wd, HAS_BIAS, USE_TMA, BLOCK_N, BLOCK_V, BLOCK_D,
             )  # fmt: skip
             x, slope = VALUE_AND_SLOPE(z)
-            rows, row_mask, scale, top = _of_sample(
-                sample, grad_lse, skipped_mass, active, tile_top, first, number, tile, num_rows, num_tiles,
+            rows, row_mask, scale, top, other_top = _of_sample(
+                sample, grad_lse, skipped_mass, active, tile_tops, first, number, tile, num_rows, num_tiles,
                 BLOCK_N, BLOCK_V,
             )  # fmt: skip
             row_lse = tl.load(lse + rows, mask=row_mask, other=float("inf"))
             p = exp(x - row_lse[:, None]) * scale[:, None]
-            counts = column_mask[None, :] & (tl.arange(0, BLOCK_V)[None, :] != top[:, None])
-            p = tl.where(counts, p, 0.0)
+            p = tl.where(column_mask[None, :] & _skipped(top, other_top, BLOCK_V), p, 0.0)
             mass += tl.sum(p, 0)
             force += tl.sum(p * slope, 0)
         tile_mass = tl.sum(mass, 0)
@@ -129,8 +142,8 @@ def coded_share_kernel(
     lse,  # [N]
     grad_lse,  # [N]
     skipped_mass,  # [tiles, N]
-    active,  # [1 + 2 * tiles, N], bool: dense rows, active pairs, tops
-    tile_top,  # [tiles, N], int32
+    active,  # bool: dense rows [N], active pairs [tiles, N], tops [tiles, N, 2]
+    tile_tops,  # [tiles, N, 2], int32
     skips,  # [tiles], bool: whether any row skips the tile
     share,  # [V]
     num_rows,
@@ -149,14 +162,14 @@ def coded_share_kernel(
     mass = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
     force = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
     for first in range(0, tl.where(tl.load(skips + tile), number, 0), BLOCK_N):
-        rows, row_mask, scale, top = _of_sample(
-            sample, grad_lse, skipped_mass, active, tile_top, first, number, tile, num_rows, num_tiles,
+        rows, row_mask, scale, top, other_top = _of_sample(
+            sample, grad_lse, skipped_mass, active, tile_tops, first, number, tile, num_rows, num_tiles,
             BLOCK_N, BLOCK_V,
         )  # fmt: skip
         shares = load_shares(kept, tile_there, rows, row_mask, num_rows, BLOCK_V)
         log_sum = tl.load(tile_lse + tile.to(tl.int64) * num_rows + rows)
         scale = scale * exp(log_sum - tl.load(lse + rows))
-        p = tl.where(tl.arange(0, BLOCK_V)[None, :] != top[:, None], shares * scale[:, None], 0.0)
+        p = tl.where(_skipped(top, other_top, BLOCK_V), shares * scale[:, None], 0.0)
         mass += p
         if not SAME_SLOPE:
             force += p * SLOPE_BY_VALUE(log(shares) + log_sum[:, None])

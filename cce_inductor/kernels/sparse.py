@@ -150,6 +150,7 @@ def weight_gradient_kernel(
     skips,  # [tiles], bool
     grad_weight,  # [V, D], contiguous: added to where `begins_before`, else written
     slot_rows,  # with BLOCK_N more at the end
+    counts,  # [lists]: how many rows each has
     list_start,
     round_tiles,
     round_index,
@@ -176,7 +177,7 @@ def weight_gradient_kernel(
         tile = first_tile + tile_in_round
         depth = (work % depth_blocks) * BLOCK_D
         slot = tl.load(list_start + 1 + tile)
-        steps = (tl.load(list_start + 2 + tile) - slot) * STEPS
+        steps = tl.cdiv(tl.load(counts + 1 + tile), STEP)
         total = tl.zeros((BLOCK_V, BLOCK_D), dtype=tl.float32)
         for step in range(dense_steps):
             row = step * STEP

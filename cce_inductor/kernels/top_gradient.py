@@ -28,10 +28,10 @@ def top_hidden_kernel(
     grad_lse,  # [N]
     grad_picked,  # [N]
     weight_peak,
-    row_tokens,  # [N, tiles], int32: the listed tokens of each row
+    row_tokens,  # [N, 2 * tiles], int32: the listed tokens of each row: 2 * the place in the vocabulary + which of its tile
     row_count,  # [N], int32: how many there are
-    row_dz,  # [N, tiles]: dz of each, where KNOWN
-    top_dz,  # [tiles, N], int32: dz with the token's column, written where there is one and not KNOWN
+    row_dz,  # [N, 2 * tiles]: dz of each, where KNOWN
+    top_dz,  # [tiles, N, 2], int32: dz with the token's column, written where there is one and not KNOWN
     fixed,  # [N, ceil(D / 2)], int64, written where WANT_HIDDEN
     num_rows,
     num_tiles,
@@ -72,8 +72,9 @@ def top_hidden_kernel(
     for first in tl.range(0, count, TOKENS, num_stages=NUM_STAGES):
         places = first + tl.arange(0, TOKENS)
         mask = places < count
-        listed = row.to(tl.int64) * num_tiles + places
-        tokens = tl.load(row_tokens + listed, mask=mask, other=0)
+        listed = row.to(tl.int64) * (2 * num_tiles) + places
+        packed = tl.load(row_tokens + listed, mask=mask, other=0)
+        tokens = packed // 2
         offsets = tokens[:, None].to(tl.int64) * stride_wv + depths[None, :] * stride_wd
         w = tl.load(weight + offsets, mask=mask[:, None] & depth_mask[None, :], other=0.0).to(tl.float32)
         if KNOWN:
@@ -88,7 +89,7 @@ def top_hidden_kernel(
                 dx += tl.where(tokens == row_target, target_grad, 0.0)
             dz = tl.where(mask, dx * slope, 0.0)
             here = (tokens // BLOCK_V).to(tl.int64) * num_rows + row
-            tl.store(top_dz + here, with_column(dz, tokens % BLOCK_V, BLOCK_V), mask=mask)
+            tl.store(top_dz + 2 * here + packed % 2, with_column(dz, tokens % BLOCK_V, BLOCK_V), mask=mask)
         total += dz[:, None] * w
     if WANT_HIDDEN:
         unit = fixed_point_unit(row_grad, target_grad, row_lse, weight_peak, slope_bound)
@@ -102,13 +103,14 @@ def top_hidden_kernel(
 @triton.jit(do_not_specialize=["round_index", "num_rows", "num_columns", "num_tiles"])
 def top_weight_kernel(
     hidden,  # [N, D]
-    top_dz,  # [tiles, N], int32: dz of the tops, with their columns
+    top_dz,  # [tiles, N, 2], int32: dz of the tops, with their columns
     share,  # [V]
     skipped_hidden,  # [tiles, D], float32: sum over n of skipped_mass[tile, n] * hidden[n]
     grad_peak,  # one number, by which skipped_mass is divided
     skips,  # [tiles], bool
     grad_weight,  # [V, D], contiguous
     slot_rows,  # with BLOCK_N more at the end
+    counts,  # [lists]: how many each has
     list_start,
     round_tiles,
     round_index,
@@ -139,16 +141,16 @@ def top_weight_kernel(
             first = (index % parts) * PART
             depth = (work % depth_blocks) * BLOCK_D
             slot = tl.load(list_start + 1 + num_tiles + index)
-            steps = (tl.load(list_start + 2 + num_tiles + index) - slot) * (BLOCK_N // STEP)
+            steps = tl.cdiv(tl.load(counts + 1 + num_tiles + index), STEP)
             listed = slot_rows + slot.to(tl.int64) * BLOCK_N + tl.arange(0, STEP)
-            tile_dz = top_dz + tile.to(tl.int64) * num_rows
+            tile_dz = top_dz + tile.to(tl.int64) * (2 * num_rows)
             total = tl.zeros((PART, BLOCK_D), dtype=tl.float32)
-            # the next rows are looked up a step ahead: loads that wait for an index can't be pipelined
-            rows = tl.load(listed)
+            # the next ones are looked up a step ahead: loads that wait for an index can't be pipelined
+            entries = tl.load(listed)
             for step in range(steps):
-                packed = tl.load(tile_dz + rows, mask=rows >= 0, other=0)
-                h = gather_rows(hidden, tl.maximum(rows, 0), depth, width, stride_hn, stride_hd, BLOCK_D)
-                rows = tl.load(listed + (step + 1) * STEP)
+                packed = tl.load(tile_dz + entries, mask=entries >= 0, other=0)
+                h = gather_rows(hidden, tl.maximum(entries, 0) // 2, depth, width, stride_hn, stride_hd, BLOCK_D)
+                entries = tl.load(listed + (step + 1) * STEP)
                 # made as the tensor cores take it: turning it round would cost a third of the kernel's time
                 hit = first + tl.arange(0, PART)[:, None] == column_of(packed, TILE_WIDTH)[None, :]
                 g = tl.where(hit, number_of(packed, TILE_WIDTH)[None, :], 0.0).to(h.dtype)

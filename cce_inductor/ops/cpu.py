@@ -130,7 +130,7 @@ def _spread(problem: Problem, counted: Tensor, few: Reductions) -> Reductions:
     wanted += ["maximum", "argmax"] * problem.want_max + ["entropy"] * problem.want_entropy
     vectors = {name: spread(getattr(few, name), counted, problem.num_rows) for name in wanted}
     none = problem.tiles(0)
-    return few._replace(**vectors, tile_lse=none.lse, tile_top=none.top)
+    return few._replace(**vectors, tile_lse=none.lse, tile_tops=none.tops)
 
 
 def reduce_rows(
@@ -176,8 +176,8 @@ def reduce_rows(
                 tile_lse[columns.start // tile :, here][: len(sums)] = sums
     lse, lse_rest = log_sum(slice_peak, slice_sum)
     entropy = entropy_of(slice_peak, slice_sum, slice_spread) if problem.want_entropy else problem.zeros(0)
-    tile_top = problem.tiles(0).top
-    return Reductions(lse, picked, slice_total.sum(0), maximum, argmax, entropy, lse_rest, tile_lse, tile_top)
+    tile_tops = problem.tiles(0).tops
+    return Reductions(lse, picked, slice_total.sum(0), maximum, argmax, entropy, lse_rest, tile_lse, tile_tops)
 
 
 def _keep_larger(maximum: Tensor, argmax: Tensor, x: Tensor, columns: slice) -> None:

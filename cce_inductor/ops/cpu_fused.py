@@ -92,7 +92,7 @@ def reduce_rows(
             picked[here] += torch.where(at_target.inside, problem.logit_map(at_target.z), 0.0).squeeze(1)
     lse, lse_rest = log_sum(slice_shift, slice_sum)
     nothing, none = problem.zeros(0), problem.tiles(0)
-    return Reductions(lse, picked, nothing, nothing, nothing.long(), nothing, lse_rest, none.lse, none.top)
+    return Reductions(lse, picked, nothing, nothing, nothing.long(), nothing, lse_rest, none.lse, none.tops)
 
 
 def gradient_of(problem: Problem, lse: Tensor, grads: RowGradients, kept: KeptLogits, scratch: Scratch) -> Fill:

@@ -112,8 +112,8 @@ def _aten_forward(problem: Problem) -> Reductions:
     """Of tiles it knows nothing; infinite ones, and all of it left, make an approximate backward skip none."""
     assert_targets(problem)
     tiles = problem.tiles(_recorded_tiles(problem))
-    tiles.top.view(torch.float32).fill_(1.0)
-    return cpu.forward(problem)._replace(tile_lse=tiles.lse.fill_(float("inf")), tile_top=tiles.top)
+    tiles.tops.view(torch.float32).fill_(1.0)
+    return cpu.forward(problem)._replace(tile_lse=tiles.lse.fill_(float("inf")), tile_tops=tiles.tops)
 
 
 def reduce(problem: Problem, kept: KeptTiles | None = None) -> Reductions:
@@ -141,8 +141,8 @@ def reduce(problem: Problem, kept: KeptTiles | None = None) -> Reductions:
             tile_maximum=results.maximum,
             tile_argmax=results.argmax,
             tile_entropy=results.entropy,
-            tile_top=results.top,
-            WANT_TOP=results.top is not None,
+            tile_tops=results.tops,
+            WANT_TOPS=results.tops is not None,
             WANT_MAX=problem.want_max,
             WANT_ENTROPY=problem.want_entropy,
             first_tile=columns.start // launch.config.block_v,
@@ -161,15 +161,15 @@ class _TileResults:
     maximum: Tensor | None
     argmax: Tensor | None  # int32
     entropy: Tensor | None
-    top: Tensor | None  # int32
+    tops: Tensor | None  # [tiles, N, 2], int32
 
     @classmethod
-    def allocate(cls, problem: Problem, tiles: int, want_top: bool) -> "_TileResults":
+    def allocate(cls, problem: Problem, tiles: int, want_tops: bool) -> "_TileResults":
         """Zeros where the kernel may leave rows out, so that what is read of them never depends on old memory."""
 
-        def room(dtype: torch.dtype = torch.float32) -> Tensor:
+        def room(dtype: torch.dtype = torch.float32, *records: int) -> Tensor:
             new = problem.hidden.new_zeros if problem.leaves_out else problem.hidden.new_empty
-            return new((tiles, problem.num_rows), dtype=dtype)
+            return new((tiles, problem.num_rows, *records), dtype=dtype)
 
         return cls(
             lse=room(),
@@ -177,7 +177,7 @@ class _TileResults:
             maximum=room() if problem.want_max else None,
             argmax=room(torch.int32) if problem.want_max else None,
             entropy=room() if problem.want_entropy else None,
-            top=room(torch.int32) if want_top else None,
+            tops=room(torch.int32, 2) if want_tops else None,
         )
 
     def combined(self, problem: Problem) -> Reductions:
@@ -198,7 +198,7 @@ class _TileResults:
             maximum, argmax = counted(maximum, 0.0), counted(argmax, 0)
         if self.entropy is not None:
             entropy = counted(_entropy(self.lse - lse, self.entropy), 0.0)
-        records = problem.tiles(0) if self.top is None else Tiles(self.lse, self.top)
+        records = problem.tiles(0) if self.tops is None else Tiles(self.lse, self.tops)
         return Reductions(lse, picked, total, maximum, argmax, entropy, torch.zeros_like(lse), *records)
 
     def _log_sum(self, problem: Problem) -> Tensor:
@@ -283,7 +283,7 @@ def _picked(problem: Problem, results: Reductions, tile_width: int) -> Tensor:
         lse=results.lse,
         picked=picked,
         tile_lse=results.tile_lse,
-        tile_top=results.tile_top,
+        tile_tops=results.tile_tops,
         num_rows=problem.num_rows,
         num_targets=problem.targets_per_row,
         width=problem.width,
@@ -294,7 +294,7 @@ def _picked(problem: Problem, results: Reductions, tile_width: int) -> Tensor:
         stride_wd=problem.weight.stride(1),
         VALUE=template.load(problem.logit_map).value,
         HAS_BIAS=problem.bias is not None,
-        WANT_TOP=len(results.tile_lse) > 0,
+        WANT_TOPS=len(results.tile_lse) > 0,
         TILE=tile_width,
         BLOCK_D=min(1024, triton.next_power_of_2(problem.width)),
     )

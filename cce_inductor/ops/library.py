@@ -2,7 +2,7 @@
 
     cce_inductor::vocab_reductions(hidden [N, D], weight [V, D], bias [V]?, target [N]?, total_weight [V]?, ...)
         -> lse [N], picked [N], total [N], maximum [N], argmax [N], entropy [N], lse_rest [N], tile_lse [tiles, N],
-           tile_top [tiles, N]
+           tile_tops [tiles, N, 2]
 
 A target [N, K] picks K classes of each row, in the same pass: picked is [N, K] then.
 
@@ -18,7 +18,7 @@ the matmuls are cast to (autocast: a float32 parameter with bfloat16 arithmetic)
 input's own dtype. `want_total` asks for the third result, which is zero otherwise, `want_max` for maximum and argmax,
 `want_entropy` for the entropy, which are empty otherwise. `workspace_mib` bounds the scratch memory of the backward;
 `workspace.py` says what None stands for. `approximate_mass` is how much of each row's probability gradients may
-approximate, 0 for exact ones. `tile_lse` and `tile_top` are what the forward hands to an approximate backward, where
+approximate, 0 for exact ones. `tile_lse` and `tile_tops` are what the forward hands to an approximate backward, where
 there is one, else empty. With `skip_ignored` nobody reads results but picked of rows whose target is `ignore_index`:
 they may be anything but nan.
 `lse_rest` is what rounding took from lse: a log-probability is picked - lse - lse_rest. It has no gradient. In a
@@ -49,11 +49,11 @@ _library.define(
     "str logit_map, bool want_total, int? ignore_index, ScalarType compute_dtype, int? workspace_mib, "
     "float approximate_mass=0.0, bool skip_ignored=False, bool want_max=False, bool want_entropy=False) "
     "-> (Tensor lse, Tensor picked, Tensor total, Tensor maximum, Tensor argmax, Tensor entropy, Tensor lse_rest, "
-    "Tensor tile_lse, Tensor tile_top)"
+    "Tensor tile_lse, Tensor tile_tops)"
 )
 _library.define(
     "vocab_reductions_backward(Tensor grad_lse, Tensor grad_picked, Tensor grad_total, Tensor? grad_maximum, "
-    "Tensor? grad_entropy, Tensor argmax, Tensor entropy, Tensor lse, Tensor tile_lse, Tensor tile_top, "
+    "Tensor? grad_entropy, Tensor argmax, Tensor entropy, Tensor lse, Tensor tile_lse, Tensor tile_tops, "
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor? target, Tensor? total_weight, *, "
     "str logit_map, bool want_total, int? ignore_index, ScalarType compute_dtype, int? workspace_mib, "
     "bool[] needs_grad, float approximate_mass=0.0, bool skip_ignored=False, bool want_max=False, "
@@ -118,7 +118,7 @@ def _backward(
     entropy: Tensor,
     lse: Tensor,
     tile_lse: Tensor,
-    tile_top: Tensor,
+    tile_tops: Tensor,
     hidden: Tensor,
     *args: Any,
     needs_grad: list[bool],
@@ -129,7 +129,7 @@ def _backward(
     lse, grads = lse.contiguous(), grads.map(Tensor.contiguous)
     with _plain_context(hidden):
         return implementation.backward(
-            Problem.of(hidden, *args, **options), lse, Tiles(tile_lse, tile_top), grads, needs_grad
+            Problem.of(hidden, *args, **options), lse, Tiles(tile_lse, tile_tops), grads, needs_grad
         )
 
 
@@ -200,7 +200,7 @@ def _forward_fake(
         entropy=vector(want_entropy),
         lse_rest=vector(),
         tile_lse=hidden.new_empty((tiles, rows), dtype=torch.float32),
-        tile_top=hidden.new_empty((tiles, rows), dtype=torch.int32),
+        tile_tops=hidden.new_empty((tiles, rows, 2), dtype=torch.int32),
     )
 
 
@@ -215,7 +215,7 @@ def _backward_fake(
     entropy: Tensor,
     lse: Tensor,
     tile_lse: Tensor,
-    tile_top: Tensor,
+    tile_tops: Tensor,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -275,7 +275,7 @@ def _gradients(
     *__: None,
 ) -> tuple:
     needs_grad = list(ctx.needs_input_grad[:3])
-    lse_rest, argmax, entropy, lse, tile_lse, tile_top, *inputs = ctx.saved_tensors
+    lse_rest, argmax, entropy, lse, tile_lse, tile_tops, *inputs = ctx.saved_tensors
     target = lse if inputs[3] is None else inputs[3]
     shaped_like = ((grad_lse, lse), (grad_picked, target), (grad_total, lse))
     grads = [lse.new_zeros(like.shape) if grad is None else grad for grad, like in shaped_like]
@@ -286,7 +286,7 @@ def _gradients(
     grad_entropy = grad_entropy if ctx.options.get("want_entropy") else None
     if grad_entropy is not None:
         grad_entropy, entropy = grad_entropy * scale, entropy - lse_rest
-    results = (grad_maximum, grad_entropy, argmax, entropy, lse, tile_lse, tile_top)
+    results = (grad_maximum, grad_entropy, argmax, entropy, lse, tile_lse, tile_tops)
     grads = vocab_reductions_backward(*grads, *results, *inputs, **ctx.options, needs_grad=needs_grad)
     return *(grad if needed else None for grad, needed in zip(grads, needs_grad, strict=True)), None, None
 
@@ -361,7 +361,7 @@ def _backward_flops(
     entropy: torch.Size,
     lse: torch.Size,
     tile_lse: torch.Size,
-    tile_top: torch.Size,
+    tile_tops: torch.Size,
     hidden: torch.Size,
     weight: torch.Size,
     *_: Any,

@@ -19,7 +19,7 @@ class Tiles(NamedTuple):
     """What the forward records of each (vocabulary tile, row) pair for a sparse backward; [0, N] without one."""
 
     lse: Tensor  # [tiles, N], float32
-    top: Tensor  # [tiles, N], int32: one token's place, and the tile's share without it (`kernels/tops.py`)
+    tops: Tensor  # [tiles, N, 2], int32: places of two tokens, and the tile's share without them (`kernels/tops.py`)
 
 
 class Reductions(NamedTuple):
@@ -33,11 +33,11 @@ class Reductions(NamedTuple):
     entropy: Tensor
     lse_rest: Tensor  # what rounding took from lse
     tile_lse: Tensor  # this and the next are those of `Tiles`
-    tile_top: Tensor
+    tile_tops: Tensor
 
     @property
     def tiles(self) -> Tiles:
-        return Tiles(self.tile_lse, self.tile_top)
+        return Tiles(self.tile_lse, self.tile_tops)
 
 
 class RowGradients(NamedTuple):
@@ -209,7 +209,7 @@ class Problem:
     def tiles(self, count: int) -> Tiles:
         """Room for what is recorded of so many vocabulary tiles."""
         lse = self.hidden.new_empty((count, self.num_rows), dtype=torch.float32)
-        return Tiles(lse, torch.empty_like(lse, dtype=torch.int32))
+        return Tiles(lse, lse.new_empty((count, self.num_rows, 2), dtype=torch.int32))
 
     def zeros(self, *shape: int) -> Tensor:
         """Where sums begin."""

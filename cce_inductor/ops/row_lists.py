@@ -31,12 +31,12 @@ PLANNED_AT_ONCE = 8192  # (row, tile) pairs that a program of the first kernel k
 class Active:
     """What each row needs, as `kernels/active.py` finds it."""
 
-    pairs: Tensor  # [1 + 2 * tiles, N], bool: which rows are dense; active pairs of rows that are not dense; tops
+    pairs: Tensor  # [1 + 3 * tiles, N], bool: which rows are dense; active pairs of others; tops [tiles, N, 2]
     counts: Tensor  # [lists], int32: how many there are, of tops for each part of a tile
-    row_tokens: Tensor  # [N, tiles], int32: the tops of each row, by their place in the vocabulary
+    row_tokens: Tensor  # [N, 2 * tiles], int32: the tops of each row: 2 * place in the vocabulary + which of its tile
     row_count: Tensor  # [N], int32: how many there are
-    row_dz: Tensor | None  # [N, tiles]: dz of the tops of each row; None where slopes are not known
-    top_dz: Tensor  # [tiles, N], int32: the same with their columns, still to be written where row_dz is None
+    row_dz: Tensor | None  # [N, 2 * tiles]: dz of the tops of each row; None where slopes are not known
+    top_dz: Tensor  # [tiles, N, 2], int32: the same with their columns, still to be written where row_dz is None
 
     @classmethod
     def of(
@@ -55,12 +55,12 @@ class Active:
         by_value = problem.logit_map.slope_by_value is not None
         known = by_value and (slopes["SAME_SLOPE"] or grads.target_logit is not None)
         active = cls(
-            pairs=torch.empty(1 + 2 * count, num_rows, dtype=torch.bool, device=lse.device),
+            pairs=torch.empty(1 + 3 * count, num_rows, dtype=torch.bool, device=lse.device),
             counts=torch.zeros(1 + count + count * tile_width // part, dtype=torch.int32, device=lse.device),
-            row_tokens=torch.empty(num_rows, count, dtype=torch.int32, device=lse.device),
+            row_tokens=torch.empty(num_rows, 2 * count, dtype=torch.int32, device=lse.device),
             row_count=torch.empty(num_rows, dtype=torch.int32, device=lse.device),
-            row_dz=tiles.lse.new_empty(num_rows, count) if known else None,
-            top_dz=torch.empty(count, num_rows, dtype=torch.int32, device=lse.device),
+            row_dz=tiles.lse.new_empty(num_rows, 2 * count) if known else None,
+            top_dz=torch.empty(count, num_rows, 2, dtype=torch.int32, device=lse.device),
         )
         all_tiles = triton.next_power_of_2(count)
         rows = max(1, min(32, PLANNED_AT_ONCE // all_tiles))
@@ -68,7 +68,7 @@ class Active:
             active_kernel,
             -(-num_rows // rows),
             tile_lse=tiles.lse,
-            tile_top=tiles.top,
+            tile_tops=tiles.tops,
             lse=lse,
             grad_lse=grads.lse,
             grad_picked=grads.picked,
@@ -108,8 +108,9 @@ def _largest_piece(vocab_size: int) -> float:
 class RowLists:
     """Lists and rounds as `kernels/lists.py` describes them."""
 
+    counts: Tensor  # [lists], int32
     list_start: Tensor  # [lists + 1], int32
-    slot_rows: Tensor  # [slots * block_n], int32, -1 where no row is listed; one slot more, for what is read ahead
+    slot_rows: Tensor  # [slots * block_n], int32, -1 where nothing is listed; one slot more, for what is read ahead
     slot_tile: Tensor  # [slots], int32, of dense rows and active pairs
     round_tiles: Tensor  # [rounds + 1], int32
     rounds: int
@@ -118,12 +119,14 @@ class RowLists:
     def of(cls, active: Active, tiles: Tiles, block_n: int, blocks: int, tile_width: int, part: int) -> "RowLists":
         """blocks: how many fit in the workspace, at least `most_blocks_of_a_tile`."""
         counts = active.counts
-        num_rows, count = active.row_tokens.shape
+        count, num_rows, _ = active.top_dz.shape
         most = most_blocks_of_a_tile(num_rows, block_n)
         usable = blocks - most + 1  # of tiles that begin within it the last one adds `most` at most
         rounds = -(-count * most // usable)
-        slots = (count + 1) * (most + tile_width // part) + 1
+        # rows that do not need the tile may have two entries, in as many lists as there are parts
+        slots = (count + 1) * (2 * most + tile_width // part) + 1
         lists = cls(
+            counts=counts,
             list_start=counts.new_empty(len(counts) + 1),
             slot_rows=counts.new_full((slots * block_n,), -1),
             slot_tile=counts.new_empty(slots),
@@ -147,7 +150,7 @@ class RowLists:
             lists_kernel,
             len(counts),
             active=active.pairs,
-            tile_top=tiles.top,
+            tile_tops=tiles.tops,
             list_start=lists.list_start,
             slot_rows=lists.slot_rows,
             slot_tile=lists.slot_tile,
@@ -184,7 +187,7 @@ class Skipped:
             skipped_kernel,
             count,
             tile_lse=tiles.lse,
-            tile_top=tiles.top,
+            tile_tops=tiles.tops,
             lse=lse,
             grad_lse=grad_lse,
             grad_peak=skipped.grad_peak,

@@ -36,7 +36,7 @@ def of_columns(
         "grad_lse": grad_lse,
         "skipped_mass": skipped.mass,
         "active": active.pairs,
-        "tile_top": tiles.top,
+        "tile_tops": tiles.tops,
         "skips": skipped.anything,
         "share": share,
         "num_rows": problem.num_rows,

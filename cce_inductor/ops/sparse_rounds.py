@@ -8,7 +8,7 @@ from ..kernels.config import ProductConfig, TileConfig
 from .problem import Problem
 from .row_lists import most_blocks_of_a_tile
 
-LIST_BYTES = 10  # of slots, skipped mass and what is computed alone, for a pair of a tile and a row
+LIST_BYTES = 18  # of slots, skipped mass and what is computed alone, for a pair of a tile and a row
 LEAST_SHARE = 4  # dz has a fourth
 FEW_ROUNDS = 32
 MOST_ROUNDS = 64  # each is a few launches, which the host must not be slower with than the GPU is with the whole

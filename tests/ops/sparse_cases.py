@@ -32,13 +32,19 @@ def recorded(case):
     """What the forward records of the tiles, of which it keeps nothing on a CPU."""
     x = mapped_logits(case)
     log_q = [tile.log_softmax(1) for tile in x.split(TILE_WIDTH, dim=1)]
-    columns = torch.stack([tile.argmax(1) for tile in log_q])
-    rows = (case.targets != case.ignore_index).nonzero().squeeze(1)
-    columns[case.targets[rows] // TILE_WIDTH, rows] = case.targets[rows] % TILE_WIDTH
-    of_tops = torch.stack([tile.gather(1, column[:, None])[:, 0] for tile, column in zip(log_q, columns, strict=True)])
-    rests = -torch.expm1(of_tops)
     lse = torch.stack([tile.logsumexp(1) for tile in x.split(TILE_WIDTH, dim=1)])
-    return Tiles(lse.float(), (rests.float().view(torch.int32) & -TILE_WIDTH) | columns.int())
+    return Tiles(lse.float(), torch.stack([_records(case, *tile) for tile in enumerate(log_q)]))
+
+
+def _records(case, number, log_q):
+    """[N, 2]: the places of the two heaviest tokens of a tile, or the target and another, with the shares left."""
+    first, columns = number * TILE_WIDTH, torch.arange(log_q.shape[1])
+    is_target = (case.targets[:, None] == first + columns) & (case.targets != case.ignore_index)[:, None]
+    padded = torch.nn.functional.pad(log_q, (0, 2), value=-torch.inf)  # of a tile of one column
+    in_order = torch.where(torch.nn.functional.pad(is_target, (0, 2)), torch.inf, padded)
+    places = in_order.topk(2, dim=1).indices
+    without = torch.stack([padded.scatter(1, places[:, :count], -torch.inf).logsumexp(1) for count in (1, 2)], 1)
+    return (without.exp().float().view(torch.int32) & -TILE_WIDTH) | places.int() % TILE_WIDTH
 
 
 def target_logits(case):
@@ -55,13 +61,20 @@ def all_active(problem, lse, tiles, grads, tops=True):
 
 
 def active_and_tops(active):
-    """Two [tiles, N]."""
-    return active.pairs[1:].chunk(2)
+    """[tiles, N] and [tiles, N, 2]."""
+    tiles = len(active.top_dz)
+    return active.pairs[1 : 1 + tiles], active.pairs[1 + tiles :].view(active.top_dz.shape)
 
 
-def rests_of(tiles):
-    """The shares of the tiles that are left without their tops."""
-    return (tiles.top & -TILE_WIDTH).view(torch.float32)
+def shares_left(tiles):
+    """The shares of the tiles that are left without the first and without both tokens, [tiles, N, 2]."""
+    return (tiles.tops & -TILE_WIDTH).view(torch.float32)
+
+
+def rests_of(tiles, tops):
+    """The shares of the tiles that are left without those of their tops that are computed alone, [tiles, N]."""
+    first, both = shares_left(tiles).unbind(2)
+    return torch.where(tops[..., 1], both, torch.where(tops[..., 0], first, 1.0))
 
 
 def backward(case, mass, workspace_bytes=1 << 16):

@@ -144,11 +144,11 @@ def test_after_a_forward_through_aten_a_sparse_backward_skips_nothing(monkeypatc
     monkeypatch.setattr(cuda, "recorded_tiles", lambda *_: 4)
     monkeypatch.setattr(cuda, "forward_kernel", Broken(OF_THE_MACHINE["compilation"]))
     with pytest.warns(RuntimeWarning, match="the Triton forward"):
-        lse, *_, tile_lse, tile_top = cuda.forward(problem)
-    assert tile_lse.shape == tile_top.shape == (4, 9)
+        lse, *_, tile_lse, tile_tops = cuda.forward(problem)
+    assert tile_lse.shape == (4, 9) and tile_tops.shape == (4, 9, 2)
     needs_grad = [True, True, False]
     grads = RowGradients(*case.grads[:3])
-    saved = problem, lse, Tiles(tile_lse, tile_top), grads, needs_grad
+    saved = problem, lse, Tiles(tile_lse, tile_tops), grads, needs_grad
     gradients, expected = cuda.backward(*saved), cpu.backward(*saved)
     # exp(z - lse) is as far off, relatively, as z and lse are, on both sides
     rounding = 4 * torch.finfo(torch.float32).eps * (case.hidden @ case.weight.T).abs().max().item()

@@ -33,29 +33,34 @@ def test_what_a_row_skips_stays_within_the_budget_and_never_its_target(mass):
     active, tops = active_and_tops(all_active(problem, lse, tiles, case.grads))
     counts = case.targets != -100
     mass_of = torch.exp(tiles.lse - lse)
-    approximated = torch.where(tops, mass_of * rests_of(tiles), torch.where(active, 0.0, mass_of))
+    approximated = torch.where(active, 0.0, mass_of * rests_of(tiles, tops))
     skipped = approximated.sum(0)[counts]
     assert (skipped <= mass * (1 + 1e-5)).all()
     assert skipped.max() > 0
     of_target = case.targets[counts] // TILE_WIDTH, counts.nonzero().squeeze(1)
-    assert (active | tops)[of_target].all()
-    assert tops[of_target].any()  # alone
-    assert torch.equal(tiles.top[of_target] % TILE_WIDTH, case.targets[counts].int() % TILE_WIDTH)
-    assert not (active | tops)[:, ~counts].any()
+    assert (active | tops[..., 0])[of_target].all()
+    assert tops[of_target].any(0).all()  # alone, and another one
+    assert torch.equal(tiles.tops[of_target][:, 0] % TILE_WIDTH, case.targets[counts].int() % TILE_WIDTH)
+    assert not active[:, ~counts].any() and not tops[:, ~counts].any()
+    assert (tops[..., 0] | ~tops[..., 1]).all() and not (active & tops[..., 0]).any()
 
 
-def of_masses(masses, share=0.0):
-    """Records of tiles with these masses [tiles, N], of rows whose lse is 0, and whose heaviest token has a share."""
-    top = torch.full_like(masses, 1 - share).view(torch.int32) & -TILE_WIDTH
-    return Tiles(masses.log(), top)
+def of_masses(masses, *shares):
+    """Records of tiles with these masses [tiles, N], of rows whose lse is 0, and whose heaviest tokens have shares.
+
+    They are the first in the tile; the second has nothing unless it has a share.
+    """
+    first, second = (*shares, 0.0, 0.0)[:2]
+    left = torch.tensor([1 - first, 1 - first - second]).expand(*masses.shape, 2).contiguous()
+    return Tiles(masses.log(), (left.view(torch.int32) & -TILE_WIDTH) | torch.tensor([0, 1], dtype=torch.int32))
 
 
-def planned(mass, masses, share=0.0, vocab=None, tops=True):
+def planned(mass, masses, *shares, vocab=None, tops=True):
     """What rows with a gradient and no target need of tiles with these masses, where so much may be approximated."""
     count, rows = masses.shape
     problem = make(rows, vocab or count * TILE_WIDTH, 1).problem(approximate_mass=mass)
     gradients = torch.ones(rows), torch.zeros(rows)
-    return all_active(problem, torch.zeros(rows), of_masses(masses, share), gradients, tops)
+    return all_active(problem, torch.zeros(rows), of_masses(masses, *shares), gradients, tops)
 
 
 @pytest.mark.parametrize("mass", [2**-4, 2**-2])
@@ -69,20 +74,23 @@ def test_many_light_tiles_are_skipped_to_within_the_budget(mass, share, monkeypa
     shares = rests / (1 - share)
     shares = torch.cat([shares, 1 - shares.sum(0, keepdim=True)])
     active, tops = active_and_tops(planned(mass, shares, share))
-    assert torch.equal(tops, ~active & (shares >= mass**2 * row_lists.TOP_PART) & (share > 0))
-    skipped = torch.where(active, 0.0, torch.where(tops, (1 - share) * shares, shares)).sum(0)
+    assert torch.equal(tops[..., 0], ~active & (shares > mass**2 * row_lists.TOP_PART) & (share > 0))
+    assert not tops[..., 1].any()
+    skipped = torch.where(active, 0.0, torch.where(tops[..., 0], (1 - share) * shares, shares)).sum(0)
     assert (skipped <= mass * (1 + 1e-5)).all()
     assert (skipped > 0.9 * mass).all()
 
 
-@pytest.mark.parametrize(("share", "needed"), [(0.0, True), (0.5, True), (0.99, False)])
-def test_a_heavy_tile_that_is_nearly_one_token_needs_only_that(share, needed):
+@pytest.mark.parametrize(
+    ("shares", "needed"), [((0.0,), True), ((0.5,), True), ((0.99,), False), ((0.6, 0.2), True), ((0.6, 0.39), False)]
+)
+def test_a_heavy_tile_that_is_nearly_two_tokens_needs_only_these(shares, needed):
     """Half of the budget in one tile, of which at most a small part may be approximated."""
     mass = 2**-3
     masses = torch.tensor([[1 - mass / 2], [mass / 2]])
-    active, tops = active_and_tops(planned(mass, masses, share))
+    active, tops = active_and_tops(planned(mass, masses, *shares))
     assert active[1].item() == needed
-    assert tops[1].item() != needed
+    assert tops[1, 0].tolist() == [not needed, not needed and len(shares) == 2]
 
 
 @pytest.mark.parametrize(
@@ -116,10 +124,10 @@ def test_a_token_is_computed_alone_where_it_stands_out(weight, share, computed):
     masses[0] = 1 - masses[1:].sum()
     active = planned(mass, masses, share)
     assert active_and_tops(active)[1].any() == computed
-    assert share < active_rules.LEAST_SHARE.value or weight < 1 or computed
+    assert share < 1 - active_rules.MOST_LEFT.value or weight < 1 or computed
     assert active.row_count.item() == 19 * computed
     if computed:  # the first column of each but the first tile
-        assert active.row_tokens[0, :19].tolist() == [TILE_WIDTH * tile for tile in range(1, 20)]
+        assert active.row_tokens[0, :19].tolist() == [2 * TILE_WIDTH * tile for tile in range(1, 20)]
     assert not active_and_tops(planned(mass, masses, share, tops=False))[1].any()
 
 
@@ -144,15 +152,16 @@ def test_lists_hold_each_needed_pair_once_and_rounds_fit_in_the_workspace(rows, 
     skipped = Skipped.of(problem, lse, tiles, case.grads[0], active, TILE_WIDTH)
     dense, *listed = active.pairs
     assert torch.equal(dense, needed.sum(0) > dense_share * len(needed))
-    assert torch.equal(torch.stack(listed), torch.cat([needed & ~dense, tops & ~dense]))
-    part_of = tiles.top % TILE_WIDTH // PART
-    parts = [top & (part == here) for top, part in zip(tops & ~dense, part_of, strict=True) for here in (0, 1)]
+    tops = tops & ~dense[:, None]
+    assert torch.equal(torch.stack(listed), torch.cat([needed & ~dense, tops.view(-1, rows)]))
+    part_of = tiles.tops % TILE_WIDTH // PART
+    parts = [(top & (part == here)).flatten() for top, part in zip(tops, part_of, strict=True) for here in (0, 1)]
     lists_of = [dense, *(needed & ~dense), *parts]
-    assert torch.equal(active.counts, torch.stack(lists_of).sum(1))
+    assert active.counts.tolist() == [listed.sum() for listed in lists_of]
     for row, count in enumerate(active.row_count.tolist()):
-        of_row = (tops & ~dense)[:, row].nonzero().squeeze(1)
-        columns = tiles.top[of_row, row] & (TILE_WIDTH - 1)
-        assert torch.equal(active.row_tokens[row, :count].long(), of_row * TILE_WIDTH + columns)
+        tile, which = tops[:, row].nonzero().unbind(1)
+        tokens = tile * TILE_WIDTH + tiles.tops[tile, row, which] % TILE_WIDTH
+        assert torch.equal(active.row_tokens[row, :count].long(), 2 * tokens + which)
 
     starts = lists.list_start.tolist()
     for rows_of_list, start, end in zip(lists_of, starts[:-1], starts[1:], strict=True):
@@ -160,8 +169,7 @@ def test_lists_hold_each_needed_pair_once_and_rounds_fit_in_the_workspace(rows, 
     for tile, (start, end) in enumerate(itertools.pairwise(starts[1 : len(needed) + 2])):
         assert (lists.slot_tile[start:end] == tile).all()
     mass = torch.exp(tiles.lse - lse) * case.grads[0] / case.grads[0].abs().max()
-    mass = torch.where(tops, mass * rests_of(tiles), mass)
-    wanted = torch.where(needed | dense, 0.0, mass.nan_to_num())
+    wanted = torch.where(needed | dense, 0.0, (mass * rests_of(tiles, tops)).nan_to_num())
     torch.testing.assert_close(skipped.mass, wanted, rtol=1e-5, atol=1e-12)
     assert torch.equal(skipped.anything, (~needed & ~dense & (case.grads[0] != 0)).any(1))
 
