@@ -4,14 +4,12 @@
     tops[j, n]   = the sum of p[n, v] of the tokens v that may be computed alone: the target in its tile, and of the
                    heaviest those that have enough of a mass that is large enough, of the tile or without the first
     rest[j, n]   = mass[j, n] - tops[j, n]
-    active[j, n] = rest[j, n] >= t[n],   t[n] <= piece[n] the largest with
+    active[j, n] = rest[j, n] >= t[n],   t[n] <= largest_piece the largest with
                                          sum over j of rest[j, n] [rest[j, n] < t[n]] <= budget
-    piece[n]     = largest_piece, or that of a flat row, which would need more than FLAT_SHARE of the tiles
 
 Where a tile that is not active has tops, these tokens alone are computed, and only the rest is approximated.
 The error of the gradients grows with the square root of the sum of the squares of what is approximated. So it takes
-many light tiles to do the harm of a heavier one, and a row that may skip a lot must do so in small pieces. In a flat
-row rare tokens have more, and larger pieces are as small a part of that.
+many light tiles to do the harm of a heavier one, and a row that may skip a lot must do so in small pieces.
 The target is always computed, and no tile is active where the row has no gradient. A row that is spread evenly skips
 nearly nothing, so an untrained model stays exact by itself. A row that needs most of the tiles is *dense*: it gets all
 of them, and is listed once instead of in each tile.
@@ -24,7 +22,6 @@ from .pointwise import exp, log
 from .tops import column_of, number_of, with_column
 
 MOST_LEFT = tl.constexpr(0.75)  # of what a token has with the others of its tile, where it is computed alone
-FLAT_SHARE = tl.constexpr(0.4)  # of the tiles: a row that needs more is flat
 SMALLEST_LOG2 = tl.constexpr(-40.0)  # rests below 2**-40 are all the same
 BISECTIONS = tl.constexpr(9)  # they find the threshold to a factor of 2**(40 / 2**9)
 
@@ -48,8 +45,7 @@ def active_kernel(
     num_tiles,
     ignore_index,
     budget,
-    largest_piece,  # of no tile more than this is approximated,
-    largest_of_flat,  # or than this, which is no less, in a flat row
+    largest_piece,  # of no tile more than this is approximated
     lightest_top,  # of no more mass than this no token but the target is computed alone
     dense_share,  # a row that needs more than this share of the tiles is dense
     HAS_TARGET: tl.constexpr,
@@ -86,7 +82,7 @@ def active_kernel(
     rest = mass * tl.where(two, left_of_both, tl.where(one, left, 1.0))
 
     low = tl.full((ROWS,), SMALLEST_LOG2, dtype=tl.float32)
-    high = tl.zeros((ROWS,), dtype=tl.float32) + tl.log2(largest_of_flat)
+    high = tl.zeros((ROWS,), dtype=tl.float32) + tl.log2(largest_piece)
     for _ in range(BISECTIONS):
         middle = 0.5 * (low + high)
         skipped = tl.sum(tl.where(rest < tl.exp2(middle)[None, :], rest, 0.0), 0)
@@ -94,9 +90,6 @@ def active_kernel(
         low = tl.where(fits, middle, low)
         high = tl.where(fits, high, middle)
     threshold = tl.exp2(low)
-    smaller = tl.minimum(threshold, largest_piece)
-    needed = tl.sum(((rest >= smaller[None, :]) & mask).to(tl.int32), 0)
-    threshold = tl.where(needed > FLAT_SHARE * num_tiles, threshold, smaller)
     selected = (rest >= threshold[None, :]) & has_gradient
     # a row that is not a number must show in the gradients
     broken = row_lse != row_lse

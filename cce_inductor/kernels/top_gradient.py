@@ -28,7 +28,7 @@ def top_hidden_kernel(
     grad_lse,  # [N]
     grad_picked,  # [N]
     weight_peak,
-    row_tokens,  # [N, 2 * tiles], int32: the listed tokens of each row: 2 * the place in the vocabulary + which of its tile
+    row_tokens,  # [N, 2 * tiles], int32: what each row lists: 2 * place in the vocabulary + which of its tile
     row_count,  # [N], int32: how many there are
     row_dz,  # [N, 2 * tiles]: dz of each, where KNOWN
     top_dz,  # [tiles, N, 2], int32: dz with the token's column, written where there is one and not KNOWN

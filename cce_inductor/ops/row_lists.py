@@ -18,13 +18,10 @@ DENSE_SHARE = 0.5
 # In tiles lighter than this times the square of the budget no token but the target is computed alone. By its square, as
 # such tokens are most of what is left to compute where much may be approximated, and that is asked for to be fast.
 TOP_PART = 2.0**-5
-# Of no tile more than this part of the budget is approximated. In a small vocabulary a tile has more of the whole, and
-# rare tokens have more of theirs in light tiles: with a 64th the median row of the weight's gradient was off by .109 of
-# 32064 classes, by .047 and less of 50257 and more (data like a trained model's). A flat row would need most tiles
-# then, and its rare tokens have more: where all rows are flat, the median is .003 with small pieces, .043 with these.
-LARGEST_PIECE, OF_SMALL_VOCABULARY, OF_FLAT_ROW = 2.0**-6, 2.0**-7.6, 2.0**-5.5
-SMALL_VOCABULARY = 40_000
-PLANNED_AT_ONCE = 8192  # (row, tile) pairs that a program of the first kernel keeps in registers
+# Of no tile more than this part of the budget is approximated. Larger parts save next to nothing, as what two tokens
+# leave of a tile is light, and peaked rows are off by more.
+LARGEST_PIECE = 2.0**-4.5
+PLANNED_AT_ONCE = 4096  # (row, tile) pairs that a program of the first kernel keeps in registers
 
 
 @dataclass(frozen=True)
@@ -84,8 +81,7 @@ class Active:
             num_tiles=count,
             **ignore_arguments(problem),
             budget=problem.approximate_mass,
-            largest_piece=problem.approximate_mass * _largest_piece(problem.vocab_size),
-            largest_of_flat=problem.approximate_mass * OF_FLAT_ROW,
+            largest_piece=problem.approximate_mass * LARGEST_PIECE,
             lightest_top=problem.approximate_mass**2 * TOP_PART if tops else float("inf"),
             dense_share=DENSE_SHARE,
             **slopes,
@@ -98,10 +94,6 @@ class Active:
             num_warps=8,
         )
         return active
-
-
-def _largest_piece(vocab_size: int) -> float:
-    return OF_SMALL_VOCABULARY if vocab_size <= SMALL_VOCABULARY else LARGEST_PIECE
 
 
 @dataclass(frozen=True)

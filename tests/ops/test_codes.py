@@ -77,10 +77,10 @@ def test_no_gradient_is_written_over_codes_that_will_be_read(rows, vocab, width,
 
 
 HEADS = {  # of well-known models, and a long batch: (tokens, vocabulary, width, share that is kept)
-    "gemma2": (8192, 256000, 2304, 0.977),
+    "gemma2": (8192, 256000, 2304, 0.954),
     "llama3": (8192, 128256, 4096, 1.0),
     "qwen": (8192, 152064, 3584, 1.0),
-    "gpt2": (16384, 50257, 768, 0.6),
+    "gpt2": (16384, 50257, 768, 0.565),
     "phi": (8192, 32064, 3072, 1.0),
     "long": (131072, 256000, 2304, 0.035),
 }
@@ -116,7 +116,7 @@ def test_codes_and_blocks_share_the_workspace(head, workspace_mib):
         assert 256 * MIB <= problem.workspace_bytes <= 256 * MIB + MOST_FOR_CODES
     else:
         assert problem.workspace_bytes == workspace_mib * MIB
-    lists = 10 * tiles * rows + 2 * of_tile * 128 * width
+    lists = 18 * tiles * rows + 2 * of_tile * 128 * width
     least = (of_tile + 2 + tiles * (of_tile + 1) // MOST_ROUNDS) * 128 * 256 * 2
     assert kept.bytes_apart + bytes_of_blocks <= max(problem.workspace_bytes - lists, least)
     if kept.bytes_apart:  # what codes take does not make rounds small

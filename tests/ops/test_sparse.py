@@ -171,9 +171,7 @@ def _tile_masses(case):
     bias=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_the_forward_records_the_two_heaviest_tokens_or_the_target_and_another(
-    rows, vocab, logit_map, bias, seed
-):
+def test_the_forward_records_the_two_heaviest_tokens_or_the_target_and_another(rows, vocab, logit_map, bias, seed):
     case = make(rows, vocab, 16, logit_map=logit_map, bias=bias, seed=seed, ignore_index=-1)
     problem = case.problem(approximate_mass=2**-5)
     with pytest.MonkeyPatch.context() as patch:
