@@ -31,6 +31,13 @@ def number_of(packed, TILE: tl.constexpr):
 
 
 @triton.jit
+def number_at(packed, column, TILE: tl.constexpr):
+    """The float32 where it belongs to this column, else zero."""
+    number = packed - column
+    return tl.where(number & (TILE - 1) == 0, number, 0).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _larger_two(a, b, c, d):
     """The two largest numbers, of two in order and two in order."""
     return tl.maximum(a, c), tl.maximum(tl.minimum(a, c), tl.maximum(b, d))

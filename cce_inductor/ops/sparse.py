@@ -261,6 +261,7 @@ class _SparseBackward(SparseOperands):
             self.processors * products.part_programs,
             hidden=self.hidden,
             top_dz=self.top_dz,
+            places=torch.arange(self.config.block_v, dtype=torch.int32, device=self.lse.device),
             share=self.share,
             skipped_hidden=_float32_product(self.skipped.mass, problem.hidden),
             grad_peak=self.skipped.grad_peak,

