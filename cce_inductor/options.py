@@ -28,9 +28,9 @@ class Options:
     approximate_mass: how much of each row's probability mass the backward may approximate, from 0 (exact gradients)
         to below 1. In bfloat16 and float16 on a GPU, and in bfloat16 on a CPU where the loss is the only one of its
         graph, it then skips the tiles of the softmax that matter least and puts their mass back as rows spread it on
-        average: on a GPU those of which at most 1/64 of this (where there are at most 40,000 classes 1/194, and in
-        flat rows 1/45) is left without the target or their heaviest token, which is computed alone; on a CPU those
-        that have at most 1/128 of this. Faster the more peaked the softmax is.
+        average: on a GPU those of which at most 1/45 of this is left without two tokens, the target among them, that
+        are computed alone; on a CPU half of this is for tiles that have at most 1/256 of it. Faster the more peaked
+        the softmax is.
         Elsewhere gradients are always exact.
     logits: what becomes of logits that a program returns beside the loss. "lazy": they are computed from the hidden
         states when something first reads them, which must be before the weight changes. "materialize": they are
@@ -48,7 +48,7 @@ class Options:
     workspace_mib: int | None = None
     on_refusal: OnRefusal = "log"
     logits: Logits = "lazy"
-    approximate_mass: float = 2.0**-5
+    approximate_mass: float = 2.0**-4
     verify: int = 0
 
     def __post_init__(self) -> None:

@@ -36,6 +36,7 @@ from .kept import KeptLogits
 from .problem import Problem, Reductions, RowGradients, evenly_spaced, spans
 
 TILE = 64  # columns: the narrower, the more can be skipped, down to where small products get slow
+BUDGET_PART = 0.5  # of what may be approximated; where no token is computed alone, skipping does twice the harm
 PIECES = 128  # no skipped tile is heavier than the budget / PIECES
 BISECTIONS = 5
 LOOKED_AT = 32  # rows, to see whether there is enough to skip
@@ -109,7 +110,7 @@ class _Sample:
         kept, scratch = KeptLogits.within(few, number, columns, 0, grad_weight), cpu.Scratch(few, number, columns)
         results = cpu.reduce_rows(few, slice(0, number), number, columns, kept, scratch, tile=TILE)
         mass = _tile_masses(results)
-        needed = needed_tiles(mass, problem.approximate_mass)
+        needed = needed_tiles(mass, BUDGET_PART * problem.approximate_mass)
         return cls(few, coefficient[rows], results.lse, mass, needed, columns, kept, scratch)
 
     def probabilities(self, columns: slice) -> Tensor:
@@ -162,7 +163,7 @@ def loss_and_gradients(
     results = cpu.reduce_rows(problem, everything, *shape, KeptLogits(), cpu.Scratch(problem, *shape), tile=TILE)
     loss = (coefficient * (results.lse - results.picked + results.lse_rest)).sum()
     mass = _tile_masses(results)
-    needed = needed_tiles(mass, problem.approximate_mass) & ((coefficient != 0) | results.lse.isnan())
+    needed = needed_tiles(mass, BUDGET_PART * problem.approximate_mass) & ((coefficient != 0) | results.lse.isnan())
     needed.scatter_(0, (target // TILE).unsqueeze(0), True)
     skipped = mass.mul_(coefficient).masked_fill_(needed, 0.0)
     _add_tiles(_Rows.of(problem, coefficient, results.lse), needed, skipped, share, gradients)

@@ -129,7 +129,7 @@ def test_the_logits_would_break_the_bound():
 def forward_bound(problem):
     """Each tile has a few numbers a row, combined with temporaries of the same size; rows that count are gathered."""
     tiles = -(-problem.vocab_size // tile_config(device_properties(problem.hidden.device)[0], backward=False).block_v)
-    kinds = 7 + problem.want_total + 2 * problem.want_max + 4 * problem.want_entropy
+    kinds = 8 + problem.want_total + 2 * problem.want_max + 4 * problem.want_entropy
     gathered = 2 * problem.num_rows * problem.width * problem.compute_dtype.itemsize
     cast = 0 if problem.weight.dtype == problem.compute_dtype else problem.workspace_bytes
     return kinds * tiles * problem.num_rows * FLOAT + gathered + cast + vectors(problem)
@@ -160,7 +160,7 @@ def sparse_bound(problem):
     tiles = -(-problem.vocab_size // config.block_v)
     rows = problem.num_rows + 2 * config.block_n
     size = problem.compute_dtype.itemsize
-    lists = 20 * (tiles + 1) * rows
+    lists = 40 * (tiles + 1) * rows
     blocks = config.block_v * (1 + tiles / MOST_ROUNDS)
     scratch = max(problem.workspace_bytes, lists + rows * (blocks + problem.width) * size)
     skipped = 3 * (tiles + problem.num_rows) * problem.width * FLOAT

@@ -66,7 +66,7 @@ def test_many_light_tiles_are_skipped_to_within_the_budget(mass, share):
     shares = rests / (1 - share)
     shares = torch.cat([shares, 1 - shares.sum(0, keepdim=True)])
     active, tops = active_and_tops(planned(mass, shares, share))
-    assert torch.equal(tops[..., 0], ~active & (shares > mass**2 * row_lists.TOP_PART) & (share > 0))
+    assert torch.equal(tops[..., 0], ~active & (shares > mass**3 * row_lists.TOP_PART) & (share > 0))
     assert not tops[..., 1].any()
     skipped = torch.where(active, 0.0, torch.where(tops[..., 0], (1 - share) * shares, shares)).sum(0)
     assert (skipped <= mass * (1 + 1e-5)).all()
@@ -97,7 +97,7 @@ def test_a_tile_is_skipped_if_it_is_light_though_the_budget_has_room(part):
 def test_a_token_is_computed_alone_where_it_stands_out(weight, share, computed):
     """In tiles that are heavy enough, and that it has enough of."""
     mass = 2**-3
-    masses = torch.full((20, 1), weight * mass**2 * row_lists.TOP_PART * 1.01)
+    masses = torch.full((20, 1), weight * mass**3 * row_lists.TOP_PART * 1.01)
     masses[0] = 1 - masses[1:].sum()
     active = planned(mass, masses, share)
     assert active_and_tops(active)[1].any() == computed
