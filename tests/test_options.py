@@ -15,7 +15,7 @@ DEFAULTS = {
     "min_flops": 10**12,
     "workspace_mib": None,
     "on_refusal": "log",
-    "approximate_mass": 2**-5,
+    "approximate_mass": 2**-4,
     "logits": "lazy",
     "verify": 0,
 }

@@ -20,7 +20,7 @@ class Activity(NamedTuple):
 
     pairs: float
     blocks: float  # of as many rows as a kernel takes: those of the pairs, and what fills them up
-    tokens: float  # pairs of which one token is computed alone
+    tokens: float  # tokens that are computed alone, of which a pair may have two
 
 
 @torch.no_grad()
@@ -44,7 +44,7 @@ def activity(
     active = Active.of(
         problem, results.lse, results.tiles, RowGradients(grad, -grad, torch.zeros_like(grad)), config.block_v, part
     )
-    dense, own, tops = (pairs.sum().item() for pairs in active.pairs.split([1, tiles, tiles]))
+    dense, own, tops = (pairs.sum().item() for pairs in active.pairs.split([1, tiles, 2 * tiles]))
     slots = -(-active.counts[: 1 + tiles] // config.block_n)
     blocks = (slots[1:].sum() + slots[0] * tiles).item()
     of_all = 1 / (tiles * rows)

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from sparse_cases import PART, TILE_ROWS, TILE_WIDTH, active_and_tops, all_active, make, recorded, rests_of
 
 from cce_inductor.kernels import active as active_rules
-from cce_inductor.ops import cuda, row_lists
-from cce_inductor.ops.problem import Tiles
+from cce_inductor.ops import cuda, row_lists, sparse
+from cce_inductor.ops.activity import activity
+from cce_inductor.ops.problem import Problem, Tiles
 from cce_inductor.ops.row_lists import LARGEST_PIECE, Active, RowLists, Skipped
 
 pytestmark = interpreted
@@ -61,7 +62,7 @@ def planned(mass, masses, *shares, tops=True):
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_many_light_tiles_are_skipped_to_within_the_budget(mass, share):
     """Each of them is light enough, and all of them together are too heavy. Of tops only the rest counts."""
-    light, rows = 120, 8
+    light, rows = 200, 8
     rests = torch.rand(light, rows, generator=torch.Generator().manual_seed(0)) * mass * LARGEST_PIECE / 2
     shares = rests / (1 - share)
     shares = torch.cat([shares, 1 - shares.sum(0, keepdim=True)])
@@ -163,3 +164,18 @@ def assert_list(lists, listed, start, end):
     assert len(span) == -(-count // TILE_ROWS) * TILE_ROWS
     assert torch.equal(span[:count], listed.nonzero().squeeze(1).int())
     assert (span[count:] == -1).all()
+
+
+def test_activity_says_what_is_computed(monkeypatch):
+    case = make(70, 150, 24)
+    monkeypatch.setattr(sparse, "LEAST_FLOPS", 0)
+    monkeypatch.setattr(cuda, "recorded_tiles", lambda *_: 5)
+    found = activity(case.hidden, case.weight, case.targets, 2**-3)
+    problem = Problem.plain(case.hidden, case.weight, case.targets, None, 2**-3)
+    results, grad = cuda.forward(problem), (case.targets != -100).float()
+    pairs, tops = active_and_tops(all_active(problem, results.lse, results.tiles, (grad, -grad)))
+    dense = pairs.sum(0) > row_lists.DENSE_SHARE * len(pairs)
+    assert found.tokens == pytest.approx((tops & ~dense[:, None]).sum().item() / pairs.numel())
+    assert found.pairs == pytest.approx((pairs | dense).sum().item() / pairs.numel())
+    assert found.tokens > 0
+    assert 0 < found.pairs < found.blocks
