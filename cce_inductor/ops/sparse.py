@@ -3,7 +3,7 @@
 The forward stored the log-sum-exp of every row and vocabulary tile. With the final lse they are probability masses, so
 the backward knows before it starts which tiles each row needs: all but the lightest, whose summed mass stays within a
 budget (`kernels/active.py`). Each tile gathers the rows that need it (`kernels/lists.py`). Of a tile that is skipped,
-the target is computed, or the heaviest token if it stands out (`kernels/top_gradient.py`). The others are replaced by
+the target is computed, and the heaviest tokens that stand out (`kernels/top_gradient.py`). The others are replaced by
 their mass, spread over each tile as rows spread it on average (`kernels/share.py`): two products as many times smaller
 as a tile has columns. `kernels/sparse.py` has the formulas.
 """
