@@ -35,8 +35,9 @@ def active_kernel(
     grad_picked,  # [N]
     target,  # [N]
     target_logit,  # [N]: x of the target, where slopes are known but not the same everywhere
+    # written where a row needs anything, zeros before:
     active,  # bool: which rows are dense [N]; active pairs of rows that are not dense [tiles, N]; tops [tiles, N, 2]
-    counts,  # [1 + tiles + tiles * parts], int32, zeros before: how many there are, of tops for each part of a tile
+    counts,  # [1 + tiles + tiles * parts], int32: how many there are, of tops for each part of a tile
     row_tokens,  # [N, 2 * tiles], int32: the tops of each row: 2 * the place in the vocabulary + which of its tile
     row_count,  # [N], int32: how many there are
     row_dz,  # [N, 2 * tiles]: dz of the tops of each row, where KNOWN
@@ -64,16 +65,18 @@ def active_kernel(
     mask = (tiles < num_tiles)[:, None] & row_mask[None, :]
     offsets = tiles[:, None].to(tl.int64) * num_rows + rows[None, :]
     row_lse = tl.load(lse + rows, mask=row_mask, other=0.0)
+    row_grad = tl.load(grad_lse + rows, mask=row_mask, other=0.0)
+    target_grad = tl.load(grad_picked + rows, mask=row_mask, other=0.0)
+    if tl.sum(((row_grad != 0.0) | (target_grad != 0.0) | (row_lse != row_lse)).to(tl.int32), 0) == 0:
+        return  # ignored rows mostly come together: prompts, padding
     mass = exp(tl.load(tile_lse + offsets, mask=mask, other=-float("inf")) - row_lse[None, :])
     first = tl.load(tile_tops + 2 * offsets, mask=mask, other=0)
     second = tl.load(tile_tops + 2 * offsets + 1, mask=mask, other=0)
     left, left_of_both = number_of(first, TILE_WIDTH), number_of(second, TILE_WIDTH)
-    row_grad = tl.load(grad_lse + rows, mask=row_mask, other=0.0)
     has_gradient = (row_grad != 0.0)[None, :]
     one = has_gradient & (mass > lightest_top) & (left <= MOST_LEFT)
     if HAS_TARGET:
         targets = tl.load(target + rows, mask=row_mask, other=0)
-        target_grad = tl.load(grad_picked + rows, mask=row_mask, other=0.0)
         if HAS_IGNORE_INDEX:
             target_grad = tl.where(targets != ignore_index, target_grad, 0.0)
         of_target = (target_grad != 0.0)[None, :] & (tiles[:, None] == (targets // TILE_WIDTH)[None, :])

@@ -70,7 +70,7 @@ def lists_kernel(
     first = start.to(tl.int64) * BLOCK_N
     count = 0
     entries = tl.where(top >= 0, 2, 1) * num_rows
-    for entry in range(0, entries, ROWS):
+    for entry in range(0, tl.where(slots > 0, entries, 0), ROWS):
         here = entry + tl.arange(0, ROWS)
         mask = here < entries
         listed = tl.load(active + source + here, mask=mask, other=0) != 0

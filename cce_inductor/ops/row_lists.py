@@ -55,10 +55,10 @@ class Active:
         by_value = problem.logit_map.slope_by_value is not None
         known = by_value and (slopes["SAME_SLOPE"] or grads.target_logit is not None)
         active = cls(
-            pairs=torch.empty(1 + 3 * count, num_rows, dtype=torch.bool, device=lse.device),
+            pairs=torch.zeros(1 + 3 * count, num_rows, dtype=torch.bool, device=lse.device),
             counts=torch.zeros(1 + count + count * tile_width // part, dtype=torch.int32, device=lse.device),
             row_tokens=torch.empty(num_rows, 2 * count, dtype=torch.int32, device=lse.device),
-            row_count=torch.empty(num_rows, dtype=torch.int32, device=lse.device),
+            row_count=torch.zeros(num_rows, dtype=torch.int32, device=lse.device),
             row_dz=tiles.lse.new_empty(num_rows, 2 * count) if known else None,
             top_dz=torch.empty(count, num_rows, 2, dtype=torch.int32, device=lse.device),
         )

@@ -58,6 +58,24 @@ def planned(mass, masses, *shares, tops=True):
     return all_active(problem, torch.zeros(rows), of_masses(masses, *shares), gradients, tops)
 
 
+def test_a_run_of_rows_without_a_gradient_needs_nothing():
+    """Whatever is in the memory of the results: many of them are not looked at at all."""
+    case = make(100, 150, 24)
+    case.grads[0][:70] = case.grads[1][:70] = 0.0
+    problem = case.problem(approximate_mass=2**-3)
+    lse, tiles = cuda.forward(problem)[0], recorded(case)
+    torch.use_deterministic_algorithms(True)  # fills new memory with true and with large numbers
+    try:
+        active = all_active(problem, lse, tiles, case.grads)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    pairs, tops = active_and_tops(active)
+    assert not pairs[:, :70].any()
+    assert not tops[:, :70].any()
+    assert not active.row_count[:70].any()
+    assert active.row_count[70:].any()
+
+
 @pytest.mark.parametrize("mass", [2**-4, 2**-2])
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_many_light_tiles_are_skipped_to_within_the_budget(mass, share):
