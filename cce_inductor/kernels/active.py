@@ -11,7 +11,7 @@ Where a tile that is not active has tops, these tokens alone are computed, and o
 The error of the gradients grows with the square root of the sum of the squares of what is approximated. So it takes
 many light tiles to do the harm of a heavier one, and a row that may skip a lot must do so in small pieces.
 The target is always computed, and no tile is active where the row has no gradient. A row that is spread evenly skips
-nearly nothing, so an untrained model stays exact by itself. A row that needs most of the tiles is *dense*: it gets all
+nearly nothing, so an untrained model stays exact by itself. A row that needs many of the tiles is *dense*: it gets all
 of them, and is listed once instead of in each tile.
 """
 
@@ -21,7 +21,7 @@ import triton.language as tl
 from .pointwise import exp, log
 from .tops import column_of, number_of, with_column
 
-MOST_LEFT = tl.constexpr(0.75)  # of what a token has with the others of its tile, where it is computed alone
+MOST_LEFT = tl.constexpr(0.75)  # of a mass without its heaviest token, for that to be computed alone
 SMALLEST_LOG2 = tl.constexpr(-40.0)  # rests below 2**-40 are all the same
 BISECTIONS = tl.constexpr(9)  # they find the threshold to a factor of 2**(40 / 2**9)
 
@@ -67,7 +67,8 @@ def active_kernel(
     row_lse = tl.load(lse + rows, mask=row_mask, other=0.0)
     row_grad = tl.load(grad_lse + rows, mask=row_mask, other=0.0)
     target_grad = tl.load(grad_picked + rows, mask=row_mask, other=0.0)
-    if tl.sum(((row_grad != 0.0) | (target_grad != 0.0) | (row_lse != row_lse)).to(tl.int32), 0) == 0:
+    broken = row_lse != row_lse
+    if tl.sum(((row_grad != 0.0) | (target_grad != 0.0) | broken).to(tl.int32), 0) == 0:
         return  # ignored rows mostly come together: prompts, padding
     mass = exp(tl.load(tile_lse + offsets, mask=mask, other=-float("inf")) - row_lse[None, :])
     first = tl.load(tile_tops + 2 * offsets, mask=mask, other=0)
@@ -95,7 +96,6 @@ def active_kernel(
     threshold = tl.exp2(low)
     selected = (rest >= threshold[None, :]) & has_gradient
     # a row that is not a number must show in the gradients
-    broken = row_lse != row_lse
     selected = (selected | broken[None, :]) & mask
     dense = (tl.sum(selected.to(tl.int32), 0) > dense_share * num_tiles) & row_mask
     selected = selected & (dense == 0)[None, :]

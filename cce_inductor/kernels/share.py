@@ -57,16 +57,15 @@ def _of_sample(
     here = tl.cast(tile, tl.int64) * num_rows + rows
     skips = tl.load(skipped_mass + here, mask=mask, other=0.0) != 0.0
     scale = tl.abs(tl.load(grad_lse + rows, mask=mask, other=0.0)) * tl.where(skips, 1.0 + EVERYWHERE, EVERYWHERE)
-    tops = active + (1 + num_tiles.to(tl.int64)) * num_rows + 2 * here
-    first = _column_if(tl.load(tops, mask=mask, other=0), tl.load(tile_tops + 2 * here, mask=mask, other=0), TILE)
-    tops, records = tops + 1, tile_tops + 2 * here + 1
-    second = _column_if(tl.load(tops, mask=mask, other=0), tl.load(records, mask=mask, other=0), TILE)
-    return rows, mask, scale, first, second
+    tops = active + (1 + num_tiles.to(tl.int64)) * num_rows
+    top = _column_of_top(tops, tile_tops, 2 * here, mask, TILE)
+    return rows, mask, scale, top, _column_of_top(tops, tile_tops, 2 * here + 1, mask, TILE)
 
 
 @triton.jit
-def _column_if(is_top, packed, TILE: tl.constexpr):
-    return tl.where(is_top != 0, column_of(packed, TILE), -1)
+def _column_of_top(tops, tile_tops, places, mask, TILE: tl.constexpr):
+    is_top = tl.load(tops + places, mask=mask, other=0) != 0
+    return tl.where(is_top, column_of(tl.load(tile_tops + places, mask=mask, other=0), TILE), -1)
 
 
 @triton.jit

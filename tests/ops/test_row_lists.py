@@ -80,8 +80,8 @@ def test_a_run_of_rows_without_a_gradient_needs_nothing():
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_many_light_tiles_are_skipped_to_within_the_budget(mass, share):
     """Each of them is light enough, and all of them together are too heavy. Of tops only the rest counts."""
-    light, rows = 200, 8
-    rests = torch.rand(light, rows, generator=torch.Generator().manual_seed(0)) * mass * LARGEST_PIECE / 2
+    light, rows = 1600, 8
+    rests = torch.rand(light, rows, generator=torch.Generator().manual_seed(0)) ** 5 * mass * LARGEST_PIECE / 4
     shares = rests / (1 - share)
     shares = torch.cat([shares, 1 - shares.sum(0, keepdim=True)])
     active, tops = active_and_tops(planned(mass, shares, share))
@@ -89,7 +89,7 @@ def test_many_light_tiles_are_skipped_to_within_the_budget(mass, share):
     assert not tops[..., 1].any()
     skipped = torch.where(active, 0.0, torch.where(tops[..., 0], (1 - share) * shares, shares)).sum(0)
     assert (skipped <= mass * (1 + 1e-5)).all()
-    assert (skipped > 0.85 * mass).all()  # a threshold is found to within a factor of 1.06
+    assert (skipped > 0.9 * mass).all()
 
 
 @pytest.mark.parametrize(
