@@ -242,6 +242,22 @@ def test_the_reference_is_the_gradient_of_the_loss(masked, softcap, monkeypatch)
     assert errors["weight_row_error"] == pytest.approx(0.5)
 
 
+def test_float16_gradients_are_measured_with_a_scaled_loss():
+    """Without one, many of them underflow."""
+    hidden, weight, target = make_data("trained", Shape(2000, 96, 48), torch.float16, "cpu")
+    reference = Reference.of(hidden, weight, target)
+    inputs = (hidden.requires_grad_(), weight.requires_grad_(), target)
+
+    def loss(hidden, weight, target):
+        return torch.nn.functional.cross_entropy((hidden @ weight.T).float(), target)
+
+    found = measure.forward_and_backward(loss, inputs)
+    errors = reference.errors(*found)
+    assert errors["hidden_error"] < 2**-8
+    assert errors["weight_error"] < 2**-8
+    assert (found[1].float() / 2**15 - reference.grad_hidden).norm() <= 2**-8 * reference.grad_hidden.norm()
+
+
 # data ---------------------------------------------------------------------------------------------
 
 # count above 2^-12, and entropy in bits

@@ -31,10 +31,16 @@ def forward(loss: Loss, inputs: Inputs) -> Tensor:
 
 
 def forward_and_backward(loss: Loss, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, gradient of hidden, gradient of weight)."""
+    """(loss, gradient of hidden, gradient of weight), the gradients times `loss_scale` of their dtype."""
     value = loss(*inputs)
-    grad_hidden, grad_weight = torch.autograd.grad(value, inputs[:2])
+    scale = torch.full_like(value, loss_scale(inputs[0].dtype))
+    grad_hidden, grad_weight = torch.autograd.grad(value, inputs[:2], scale)
     return value.detach(), grad_hidden, grad_weight
+
+
+def loss_scale(dtype: torch.dtype) -> float:
+    """What a loss is multiplied by: in float16 by about what a gradient scaler begins with, as gradients underflow."""
+    return 2.0**15 if dtype == torch.float16 else 1.0
 
 
 @dataclass(frozen=True)
@@ -158,14 +164,18 @@ class Reference:
         return cls(total.item(), grad_hidden, grad_weight.to(kept))
 
     def errors(self, loss: Tensor, grad_hidden: Tensor, grad_weight: Tensor) -> dict[str, float]:
-        """||g - r|| / ||r|| of both gradients, the median of the same over the rows of the weight, and the loss's."""
+        """||g - r|| / ||r|| of both gradients, the median of the same over the rows of the weight, and the loss's.
+
+        The gradients are those that `forward_and_backward` gives.
+        """
+        scale = loss_scale(grad_hidden.dtype)
         chunks = zip(grad_weight.split(1 << 16), self.grad_weight.split(1 << 16), strict=True)
-        norms = [((g.to(r.dtype) - r).norm(dim=1), r.norm(dim=1)) for g, r in chunks]
+        norms = [((g.to(r.dtype) / scale - r).norm(dim=1), r.norm(dim=1)) for g, r in chunks]
         error, norm = (torch.cat(parts) for parts in zip(*norms, strict=True))
         counted = norm > 0
         return {
             "loss_error": abs(loss.item() - self.loss) / abs(self.loss),
-            "hidden_error": _relative(grad_hidden, self.grad_hidden),
+            "hidden_error": _relative(grad_hidden, self.grad_hidden * scale),
             "weight_error": (error.norm() / norm.norm()).item(),
             "weight_row_error": (error[counted] / norm[counted]).median().item(),
         }
