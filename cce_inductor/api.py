@@ -21,7 +21,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     logit_map: str = "z",
-    approximate_mass: float | None = Options.approximate_mass,
+    approximate_mass: float = Options.approximate_mass,
 ) -> Tensor:
     """`cross_entropy(f(linear(input, linear_weight, linear_bias)), target, ...)` without storing the logits.
 
@@ -38,7 +38,7 @@ def linear_cross_entropy(
     label_smoothing: in [0, 1].
     logit_map: a pointwise function of a logit z, for example "30.0*tanh(z/30.0)"; numbers, z, + - * / ** and tanh,
         sigmoid, exp.
-    approximate_mass: the option of that name (`Options`): None for the default, 0 for exact gradients.
+    approximate_mass: the option of that name (`Options`): 0 for exact gradients.
 
     Returns the loss, a scalar or [...] for reduction "none", in the dtype of `input`; inside autocast in float32.
     Raises what eager PyTorch raises for wrong shapes, dtypes, devices, smoothing and (on a CPU) targets, ValueError for

@@ -28,10 +28,9 @@ class Options:
     approximate_mass: how much of each row's probability mass the backward may approximate, from 0 (exact gradients)
         to below 1. In bfloat16 and float16 on a GPU, and in bfloat16 on a CPU where the loss is the only one of its
         graph, it then skips the tiles of the softmax that matter least and puts their mass back as rows spread it on
-        average: on a GPU those of which at most 1/45 of this is left without two tokens, the target among them, that
-        are computed alone; on a CPU half of this is for tiles that have at most 1/256 of it. Faster the more peaked
-        the softmax is. Elsewhere gradients are always exact. None is 2^-4 in bfloat16; in float16, whose own gradients
-        are closer to exact ones, 2^-6, and 2^-5 from 200,000 classes on.
+        average: on a GPU those of which at most 1/45 of this (1/1024 in float16, whose own rounding does less harm) is
+        left without two tokens, the target among them, that are computed alone; on a CPU half of this is for tiles that
+        have at most 1/256 of it. Faster the more peaked the softmax is. Elsewhere gradients are always exact.
     logits: what becomes of logits that a program returns beside the loss. "lazy": they are computed from the hidden
         states when something first reads them, which must be before the weight changes. "materialize": they are
         computed with the loss, which is rewritten all the same. "refuse": such a loss is left as it is.
@@ -48,7 +47,7 @@ class Options:
     workspace_mib: int | None = None
     on_refusal: OnRefusal = "log"
     logits: Logits = "lazy"
-    approximate_mass: float | None = None
+    approximate_mass: float = 2.0**-4
     verify: int = 0
 
     def __post_init__(self) -> None:
@@ -66,11 +65,10 @@ class Options:
                 raise TypeError(f"option {name} must be an int, got {value!r}")
             if value < least:
                 raise ValueError(f"option {name} must be at least {least}, got {value}")
-        mass = self.approximate_mass
-        if isinstance(mass, bool) or not isinstance(mass, int | float | None):
-            raise TypeError(f"option approximate_mass must be a number or None, got {mass!r}")
-        if mass is not None and not 0 <= mass < 1:
-            raise ValueError(f"option approximate_mass must be in [0, 1), got {mass}")
+        if isinstance(self.approximate_mass, bool) or not isinstance(self.approximate_mass, int | float):
+            raise TypeError(f"option approximate_mass must be a number, got {self.approximate_mass!r}")
+        if not 0 <= self.approximate_mass < 1:
+            raise ValueError(f"option approximate_mass must be in [0, 1), got {self.approximate_mass}")
         for name, allowed in (("on_refusal", get_args(OnRefusal)), ("logits", get_args(Logits))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"option {name} must be one of {allowed}, got {getattr(self, name)!r}")

@@ -7,7 +7,6 @@ import torch
 
 from cce_inductor import Options
 from cce_inductor.graph.driver import rewrite_module
-from cce_inductor.ops.problem import Problem
 
 DEFAULTS = {
     "mode": None,
@@ -16,7 +15,7 @@ DEFAULTS = {
     "min_flops": 10**12,
     "workspace_mib": None,
     "on_refusal": "log",
-    "approximate_mass": None,
+    "approximate_mass": 2**-4,
     "logits": "lazy",
     "verify": 0,
 }
@@ -69,22 +68,6 @@ def test_zero_is_allowed(name):
 def test_approximate_mass_is_a_share_below_one(value, error):
     with pytest.raises(error, match="option approximate_mass must be"):
         Options(approximate_mass=value)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "vocab", "mass"),
-    [
-        (torch.bfloat16, 100, 2**-4),
-        (torch.bfloat16, 200_000, 2**-4),
-        (torch.float16, 199_999, 2**-6),
-        (torch.float16, 200_000, 2**-5),
-    ],
-    ids=str,
-)
-def test_the_default_of_approximate_mass_follows_the_dtype(dtype, vocab, mass):
-    operands = torch.empty(3, 1, dtype=dtype), torch.empty(vocab, 1, dtype=dtype), torch.zeros(3, dtype=torch.long)
-    assert Problem.plain(*operands, None, Options().approximate_mass).approximate_mass == mass
-    assert Problem.plain(*operands, None, 2**-7).approximate_mass == 2**-7
 
 
 @pytest.mark.parametrize("value", ["LOG", "never", None, 1])

@@ -59,7 +59,7 @@ def emit(reduction: Reduction, factors: Factors, target: Node, emitter: Emitter,
         ignore_index=reduction.ignore_index,
         compute_dtype=logits.compute_dtype,
         workspace_mib=options.workspace_mib,
-        approximate_mass=options.approximate_mass,
+        approximate_mass=float(options.approximate_mass),
         needs_grad=[factor is not None and tensor_of(factor).requires_grad for factor in factors],
     )
     loss = emitter.proxy(emitter.call(operator.getitem, outputs, 0))

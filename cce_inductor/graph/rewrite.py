@@ -143,7 +143,7 @@ def _emit(sweep: Sweep, site: Site, emitter: Emitter, options: Options, once: bo
             ignore_index=sweep.find("ignore_index"),
             compute_dtype=logits.compute_dtype,
             workspace_mib=options.workspace_mib,
-            approximate_mass=options.approximate_mass,
+            approximate_mass=float(options.approximate_mass),
             skip_ignored=not sweep.reads_ignored,
             want_max=sweep.want_max,
             want_entropy=sweep.want_entropy,

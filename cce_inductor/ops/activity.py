@@ -31,7 +31,8 @@ def activity(
 
     hidden [N, D], weight [V, D], target [N]; approximate_mass: None is the default; logit_map: as in `LogitMap`.
     """
-    problem = Problem.plain(hidden, weight, target, Options.workspace_mib, approximate_mass)
+    mass = Options.approximate_mass if approximate_mass is None else approximate_mass
+    problem = Problem.plain(hidden, weight, target, Options.workspace_mib, mass)
     problem = replace(problem, logit_map=LogitMap.parse(logit_map))
     if not cuda.may_skip(problem):
         return None

@@ -51,7 +51,7 @@ def recorded_tiles(
     compute_dtype: torch.dtype,
     want_total: bool,
     several_targets: bool,
-    approximate_mass: float | None,
+    approximate_mass: float,
 ) -> int:
     """Of how many tiles the forward keeps records for the backward; of none unless that may be sparse."""
     if device.type != "cuda" or compute_dtype.itemsize != 2 or approximate_mass == 0:

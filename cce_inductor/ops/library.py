@@ -47,7 +47,7 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 _library.define(
     "vocab_reductions(Tensor hidden, Tensor weight, Tensor? bias, Tensor? target, Tensor? total_weight, *, "
     "str logit_map, bool want_total, int? ignore_index, ScalarType compute_dtype, int? workspace_mib, "
-    "float? approximate_mass=0.0, bool skip_ignored=False, bool want_max=False, bool want_entropy=False) "
+    "float approximate_mass=0.0, bool skip_ignored=False, bool want_max=False, bool want_entropy=False) "
     "-> (Tensor lse, Tensor picked, Tensor total, Tensor maximum, Tensor argmax, Tensor entropy, Tensor lse_rest, "
     "Tensor tile_lse, Tensor tile_tops)"
 )
@@ -56,14 +56,14 @@ _library.define(
     "Tensor? grad_entropy, Tensor argmax, Tensor entropy, Tensor lse, Tensor tile_lse, Tensor tile_tops, "
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor? target, Tensor? total_weight, *, "
     "str logit_map, bool want_total, int? ignore_index, ScalarType compute_dtype, int? workspace_mib, "
-    "bool[] needs_grad, float? approximate_mass=0.0, bool skip_ignored=False, bool want_max=False, "
+    "bool[] needs_grad, float approximate_mass=0.0, bool skip_ignored=False, bool want_max=False, "
     "bool want_entropy=False) "
     "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
 )
 _library.define(
     "scaled_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor coefficient, *, str logit_map, "
     "int? ignore_index, ScalarType compute_dtype, int? workspace_mib, bool[] needs_grad, "
-    "float? approximate_mass=0.0) "
+    "float approximate_mass=0.0) "
     "-> (Tensor loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
 )
 
@@ -71,7 +71,7 @@ _library.define(
 def pays_in_forward(
     device: torch.device,
     compute_dtype: torch.dtype,
-    approximate_mass: float | None,
+    approximate_mass: float,
     needs_grad_weight: bool,
     logit_map: LogitMap,
 ) -> bool:
@@ -176,7 +176,7 @@ def _forward_fake(
     compute_dtype: torch.dtype,
     logit_map: str,
     want_total: bool,
-    approximate_mass: float | None = 0.0,
+    approximate_mass: float = 0.0,
     want_max: bool = False,
     want_entropy: bool = False,
     **_: Any,

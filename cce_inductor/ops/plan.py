@@ -10,7 +10,7 @@ from .problem import Problem
 
 
 def plan(
-    device: torch.device, dtype: torch.dtype, rows: int, vocab_size: int, width: int, approximate_mass: float | None
+    device: torch.device, dtype: torch.dtype, rows: int, vocab_size: int, width: int, approximate_mass: float
 ) -> str:
     """What computes a mean cross-entropy of hidden [rows, width] and weight [vocab_size, width], both with gradients.
 

@@ -13,7 +13,6 @@ MIB = 1 << 20
 DEFAULT_WORKSPACE_MIB = 256
 LEAST_LOG = -1000.0  # in no dtype has anything below it an exponential other than zero
 COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-MANY_CLASSES = 200_000
 
 
 class Tiles(NamedTuple):
@@ -99,15 +98,13 @@ class Problem:
         ignore_index: int | None,
         compute_dtype: torch.dtype,
         workspace_mib: int | None,
-        approximate_mass: float | None = 0.0,
+        approximate_mass: float = 0.0,
         skip_ignored: bool = False,
         want_max: bool = False,
         want_entropy: bool = False,
     ) -> "Problem":
         """Checks the operands as the schema gives them; the errors are of the kinds that eager PyTorch raises."""
         check(hidden, weight, bias, target, total_weight, compute_dtype)
-        if approximate_mass is None:
-            approximate_mass = default_mass(compute_dtype, weight.shape[0])
         if not 0 <= approximate_mass < 1:
             raise ValueError(f"approximate_mass must be in [0, 1), got {approximate_mass}")
         return cls(
@@ -130,7 +127,7 @@ class Problem:
 
     @classmethod
     def plain(
-        cls, hidden: Tensor, weight: Tensor, target: Tensor, workspace_mib: int | None, approximate_mass: float | None
+        cls, hidden: Tensor, weight: Tensor, target: Tensor, workspace_mib: int | None, approximate_mass: float
     ) -> "Problem":
         """That of a cross-entropy of hidden @ weight.T in the dtype of `hidden`."""
         return cls.of(
@@ -235,17 +232,6 @@ def spans(stop: int, step: int, start: int = 0) -> Iterator[slice]:
     """[start, stop) in consecutive slices of at most `step`."""
     for begin in range(start, stop, step):
         yield slice(begin, min(begin + step, stop))
-
-
-def default_mass(compute_dtype: torch.dtype, vocab_size: int) -> float:
-    """The largest power of two with which no gradient of the benchmark's heads is further off than eager's.
-
-    In float16 a gradient scaler is taken for granted: without one, what underflows does more harm than any of them.
-    The more tiles the same mass is spread over, the less error it makes.
-    """
-    if compute_dtype == torch.float16:
-        return 2.0**-5 if vocab_size >= MANY_CLASSES else 2.0**-6
-    return 2.0**-4
 
 
 def check(

@@ -13,7 +13,7 @@ from cce_inductor.kernels import active as active_rules
 from cce_inductor.ops import cuda, row_lists, sparse
 from cce_inductor.ops.activity import activity
 from cce_inductor.ops.problem import Problem, Tiles
-from cce_inductor.ops.row_lists import LARGEST_PIECE, Active, RowLists, Skipped
+from cce_inductor.ops.row_lists import LARGEST_FLOAT16_PIECE, LARGEST_PIECE, Active, RowLists, Skipped
 
 pytestmark = interpreted
 
@@ -50,10 +50,10 @@ def of_masses(masses, *shares):
     return Tiles(masses.log(), (left.view(torch.int32) & -TILE_WIDTH) | torch.tensor([0, 1], dtype=torch.int32))
 
 
-def planned(mass, masses, *shares, tops=True):
+def planned(mass, masses, *shares, tops=True, dtype=torch.float32):
     """What rows with a gradient and no target need of tiles with these masses, where so much may be approximated."""
     count, rows = masses.shape
-    problem = make(rows, count * TILE_WIDTH, 1).problem(approximate_mass=mass)
+    problem = make(rows, count * TILE_WIDTH, 1, dtype=dtype).problem(approximate_mass=mass)
     gradients = torch.ones(rows), torch.zeros(rows)
     return all_active(problem, torch.zeros(rows), of_masses(masses, *shares), gradients, tops)
 
@@ -105,10 +105,15 @@ def test_a_heavy_tile_that_is_nearly_two_tokens_needs_only_these(shares, needed)
 
 
 @pytest.mark.parametrize("part", [0.9, 1.1])  # a threshold is found to within a factor of 1.06
-def test_a_tile_is_skipped_if_it_is_light_though_the_budget_has_room(part):
+@pytest.mark.parametrize(
+    ("dtype", "largest"),
+    [(torch.float32, LARGEST_PIECE), (torch.bfloat16, LARGEST_PIECE), (torch.float16, LARGEST_FLOAT16_PIECE)],
+    ids=str,
+)
+def test_a_tile_is_skipped_if_it_is_light_though_the_budget_has_room(part, dtype, largest):
     mass = 2**-3
-    piece = mass * LARGEST_PIECE * part
-    active, _ = active_and_tops(planned(mass, torch.tensor([[1 - piece], [piece]])))
+    piece = mass * largest * part
+    active, _ = active_and_tops(planned(mass, torch.tensor([[1 - piece], [piece]]), dtype=dtype))
     assert active[:, 0].tolist() == [True, part > 1]
 
 
