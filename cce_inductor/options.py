@@ -28,7 +28,7 @@ class Options:
     approximate_mass: how much of each row's probability mass the backward may approximate, from 0 (exact gradients)
         to below 1. In bfloat16 and float16 on a GPU, and in bfloat16 on a CPU where the loss is the only one of its
         graph, it then skips the tiles of the softmax that matter least and puts their mass back as rows spread it on
-        average: on a GPU those of which at most 1/45 of this (1/1024 in float16, whose own rounding does less harm) is
+        average: on a GPU those of which at most 1/45 of this (1/1450 in float16, whose own rounding does less harm) is
         left without two tokens, the target among them, that are computed alone; on a CPU half of this is for tiles that
         have at most 1/256 of it. Faster the more peaked the softmax is. Elsewhere gradients are always exact.
     logits: what becomes of logits that a program returns beside the loss. "lazy": they are computed from the hidden

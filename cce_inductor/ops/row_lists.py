@@ -25,7 +25,7 @@ TOP_PART = 2.0**-3
 # leave of a tile is light, and peaked rows are off by more. The gradients that eager computes in float16, with a scaled
 # loss, are off by a fifth to a tenth of those in bfloat16: smaller pieces do less harm than as many larger ones.
 LARGEST_PIECE = 2.0**-5.5
-LARGEST_FLOAT16_PIECE = 2.0**-10
+LARGEST_FLOAT16_PIECE = 2.0**-10.5
 PLANNED_AT_ONCE = 4096  # (row, tile) pairs that a program of the first kernel keeps in registers
 
 
