@@ -16,21 +16,19 @@ from ..kernels import template
 from ..kernels.backward import gradient_kernel
 from ..kernels.config import TileConfig, kept_config, tile_config
 from ..kernels.forward import forward_kernel
-from ..kernels.log_sum import log_sum_kernel
 from ..kernels.picked import picked_kernel
 from ..kernels.targets import targets_kernel
 from . import cpu, sparse, stored
 from .blocks import ALIGNMENT, Fill, exact_backward
-from .combine import largest
 from .fallback import first_that_runs, smaller
 from .kept_tiles import KeptTiles, Place
 from .launch import Launch, device_properties, gradient_arguments, ignore_arguments
-from .problem import LEAST_LOG, Problem, Reductions, RowGradients, Tiles, spans
+from .problem import Problem, Reductions, RowGradients, Tiles, spans
 from .quick_launch import launch
+from .tile_results import TileResults
 
 COLUMN_MULTIPLE = 256  # vocabulary slices are multiples of the widest tile
 NARROWEST_SLICE = 8 * COLUMN_MULTIPLE  # below this, the matmuls of the backward would be short of work
-LOG_SUM_TILES, LOG_SUM_ROWS = 64, 32  # of a program at a time: a line of the cache of each tile
 BAD_TARGET = "cce_inductor: a target lies outside [0, vocabulary size) and is not ignore_index"
 
 
@@ -121,7 +119,7 @@ def reduce(problem: Problem, kept: KeptTiles | None = None) -> Reductions:
     rows, every_row = _Rows.of(problem), slice(0, problem.num_rows)
     launch = Launch(problem, forward_config(problem), hidden=rows.hidden)
     tiles = -(-problem.vocab_size // launch.config.block_v)
-    results = _TileResults.allocate(problem, tiles, _recorded_tiles(problem) > 0)
+    results = TileResults.allocate(problem, tiles, _recorded_tiles(problem) > 0)
     slices, parts = _forward_slices(problem), (kept or KeptTiles()).parts
     for columns, place in itertools.chain.from_iterable(parts(every_row, part) for part in slices):
         launch(
@@ -150,81 +148,6 @@ def reduce(problem: Problem, kept: KeptTiles | None = None) -> Reductions:
         )
     combined = results.combined(problem)
     return combined._replace(picked=_picked(problem, combined, launch.config.block_v))
-
-
-@dataclass(frozen=True)
-class _TileResults:
-    """What the forward kernel stores of each vocabulary tile and row, [tiles, N]; None where nobody wants it."""
-
-    lse: Tensor
-    total: Tensor | None
-    maximum: Tensor | None
-    argmax: Tensor | None  # int32
-    entropy: Tensor | None
-    tops: Tensor | None  # [tiles, N, 2], int32
-
-    @classmethod
-    def allocate(cls, problem: Problem, tiles: int, want_tops: bool) -> "_TileResults":
-        """Zeros where the kernel may leave rows out, so that what is read of them never depends on old memory."""
-
-        def room(dtype: torch.dtype = torch.float32, *records: int) -> Tensor:
-            new = problem.hidden.new_zeros if problem.leaves_out else problem.hidden.new_empty
-            return new((tiles, problem.num_rows, *records), dtype=dtype)
-
-        return cls(
-            lse=room(),
-            total=room() if problem.want_total else None,
-            maximum=room() if problem.want_max else None,
-            argmax=room(torch.int32) if problem.want_max else None,
-            entropy=room() if problem.want_entropy else None,
-            tops=room(torch.int32, 2) if want_tops else None,
-        )
-
-    def combined(self, problem: Problem) -> Reductions:
-        """Of the whole vocabulary, but for picked; with the records of tiles where they are wanted."""
-        counts = problem.counts
-
-        def counted(vector: Tensor, otherwise: float) -> Tensor:
-            """What the kernel left out is not a result."""
-            return vector if counts is None else torch.where(counts, vector, otherwise)
-
-        lse = self._log_sum(problem)
-        total, (picked, maximum, entropy) = torch.zeros_like(lse), (problem.zeros(0) for _ in range(3))
-        argmax = maximum.long()
-        if self.total is not None:
-            total = counted(self.total.sum(0), 0.0)
-        if self.maximum is not None and self.argmax is not None:
-            maximum, argmax = largest(self.maximum, self.argmax, lse)
-            maximum, argmax = counted(maximum, 0.0), counted(argmax, 0)
-        if self.entropy is not None:
-            entropy = counted(_entropy(self.lse - lse, self.entropy), 0.0)
-        records = problem.tiles(0) if self.tops is None else Tiles(self.lse, self.tops)
-        return Reductions(lse, picked, total, maximum, argmax, entropy, torch.zeros_like(lse), *records)
-
-    def _log_sum(self, problem: Problem) -> Tensor:
-        """Of all tiles; +inf where the kernel left a row out."""
-        tiles, rows = self.lse.shape
-        lse = self.lse.new_empty(rows)
-        launch(
-            log_sum_kernel,
-            -(-rows // LOG_SUM_ROWS),
-            tile_lse=self.lse,
-            target=problem.target,
-            lse=lse,
-            num_rows=rows,
-            num_tiles=tiles,
-            ignore_index=problem.ignore_index or 0,
-            SOME_ROWS=problem.leaves_out,
-            TILES=LOG_SUM_TILES,
-            ROWS=LOG_SUM_ROWS,
-        )
-        return lse
-
-
-def _entropy(log_mass: Tensor, tile_entropy: Tensor) -> Tensor:
-    """The entropy of which tile a class lies in, plus the mean of that of which class of a tile it is."""
-    within = tile_entropy - log_mass.clamp(min=LEAST_LOG)
-    return torch.where(log_mass < LEAST_LOG, 0.0, log_mass.exp() * within).sum(0)
 
 
 @dataclass(frozen=True)
