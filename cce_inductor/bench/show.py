@@ -134,7 +134,7 @@ def draw(rows: list[Row], about: dict[str, str], path: Path) -> None:
     figure, axes = new_figure(len(groups))
     versions = {name: f"{name} {value}" for name, value in about.items() if name in ("torch", "triton", "python")}
     title = "forward and backward: " + ", ".join((about | versions).values())
-    figure.suptitle(title, fontsize="small", color="dimgray")
+    figure.suptitle(title, fontsize="small", color="dimgray", wrap=True)
     for axis, (title, group) in zip(axes, groups.items(), strict=True):
         for row in group:
             axis.plot(row["peak_mib"], row["both_ms"], "o", color=color_of(row["method"]))
