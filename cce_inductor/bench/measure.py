@@ -169,17 +169,14 @@ class Reference:
         The gradients are those that `forward_and_backward` gives.
         """
         scale = loss_scale(grad_hidden.dtype)
+        hidden = grad_hidden.to(self.grad_hidden.dtype) / scale
         chunks = zip(grad_weight.split(1 << 16), self.grad_weight.split(1 << 16), strict=True)
         norms = [((g.to(r.dtype) / scale - r).norm(dim=1), r.norm(dim=1)) for g, r in chunks]
         error, norm = (torch.cat(parts) for parts in zip(*norms, strict=True))
         counted = norm > 0
         return {
             "loss_error": abs(loss.item() - self.loss) / abs(self.loss),
-            "hidden_error": _relative(grad_hidden, self.grad_hidden * scale),
+            "hidden_error": ((hidden - self.grad_hidden).norm() / self.grad_hidden.norm()).item(),
             "weight_error": (error.norm() / norm.norm()).item(),
             "weight_row_error": (error[counted] / norm[counted]).median().item(),
         }
-
-
-def _relative(value: Tensor, reference: Tensor) -> float:
-    return ((value.to(reference.dtype) - reference).norm() / reference.norm()).item()

@@ -88,8 +88,7 @@ def line(row: Row) -> str:
 
 def draw(rows: list[Row], about: dict[str, str], path: Path) -> None:
     """Times and peaks against N and V."""
-    figure, axes = new_figure(4)
-    figure.suptitle("forward and backward: " + ", ".join(about.values()), fontsize="small", color="dimgray", wrap=True)
+    figure, axes = new_figure(4, about)
     panels: list[tuple[str, str, str, str]] = [
         (sweep, size, key, label)
         for sweep, size in (("N", "rows"), ("V", "vocab"))

@@ -102,7 +102,8 @@ def table(title: str, rows: list[Row]) -> Table:
     return result
 
 
-def new_figure(panels: int) -> tuple[Any, Any]:
+def new_figure(panels: int, about: dict[str, str]) -> tuple[Any, Any]:
+    """(figure, its panels), with the conditions above them."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -118,6 +119,9 @@ def new_figure(panels: int) -> tuple[Any, Any]:
     for axis in axes.flat[:panels]:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
+    versions = {name: f"{name} {value}" for name, value in about.items() if name in ("torch", "triton", "python")}
+    title = "forward and backward: " + ", ".join((about | versions).values())
+    figure.suptitle(title, fontsize="small", color="dimgray", wrap=True)
     return figure, axes.flat[:panels]
 
 
@@ -131,10 +135,7 @@ def draw(rows: list[Row], about: dict[str, str], path: Path) -> None:
     groups = by_problem(points)
     if not groups:
         return
-    figure, axes = new_figure(len(groups))
-    versions = {name: f"{name} {value}" for name, value in about.items() if name in ("torch", "triton", "python")}
-    title = "forward and backward: " + ", ".join((about | versions).values())
-    figure.suptitle(title, fontsize="small", color="dimgray", wrap=True)
+    figure, axes = new_figure(len(groups), about)
     for axis, (title, group) in zip(axes, groups.items(), strict=True):
         for row in group:
             axis.plot(row["peak_mib"], row["both_ms"], "o", color=color_of(row["method"]))
