@@ -17,7 +17,7 @@ from .tile import position_in_tile
 
 @triton.jit(do_not_specialize=["round_index", "first_apart", "last_kept", "num_rows", "ignore_index"])
 def coded_gradient_kernel(
-    codes,  # [tiles, N, BLOCK_V], uint8, of the tiles up to first_apart
+    codes,  # [tiles, N, BLOCK_V], uint8 or uint16, of the tiles up to first_apart
     codes_apart,  # the same of those from first_apart on
     tile_lse,  # [all tiles, N]
     target,  # [N]

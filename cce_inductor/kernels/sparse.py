@@ -148,6 +148,7 @@ def weight_gradient_kernel(
     dense_hidden,  # TMA descriptor or pointer, [slots * BLOCK_N, D], contiguous: those of the dense rows, as listed
     dz,  # TMA descriptor or pointer, [blocks of a round * BLOCK_N, BLOCK_V]
     skips,  # [tiles], bool
+    scale,  # one number, by which what is written is multiplied, or None
     grad_weight,  # [V, D], contiguous: added to where `begins_before`, else written
     slot_rows,  # with BLOCK_N more at the end
     counts,  # [lists]: how many rows each has
@@ -206,6 +207,8 @@ def weight_gradient_kernel(
         depths = depth + tl.arange(0, BLOCK_D)
         offsets = columns[:, None].to(tl.int64) * width + depths[None, :]
         mask = (columns < num_columns)[:, None] & (depths < width)[None, :]
+        if scale is not None:
+            total *= tl.load(scale)
         if dense_steps + steps > 0:  # what has no block is complete: it need not be read and written again
             if begins_before(skips, list_start, tile, num_tiles, PARTS):
                 total += tl.load(grad_weight + offsets, mask=mask, other=0.0).to(tl.float32)

@@ -109,6 +109,7 @@ def top_weight_kernel(
     skipped_hidden,  # [tiles, D], float32: sum over n of skipped_mass[tile, n] * hidden[n]
     grad_peak,  # one number, by which skipped_mass is divided
     skips,  # [tiles], bool
+    scale,  # one number, by which what is written is multiplied, or None
     grad_weight,  # [V, D], contiguous
     slot_rows,  # with BLOCK_N more at the end
     counts,  # [lists]: how many each has
@@ -163,6 +164,8 @@ def top_weight_kernel(
             spread = tl.load(share + columns, mask=column_mask, other=0.0) * peak
             skipped = tl.load(skipped_hidden + tile.to(tl.int64) * width + depths, mask=depth_mask, other=0.0)
             total += spread[:, None] * skipped[None, :]
+            if scale is not None:
+                total *= tl.load(scale)
             offsets = columns[:, None].to(tl.int64) * width + depths[None, :]
             mask = column_mask[:, None] & depth_mask[None, :]
             tl.store(grad_weight + offsets, total.to(grad_weight.dtype.element_ty), mask=mask)

@@ -50,7 +50,8 @@ class Gradients:
     def results(self, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
         """Each in its input's dtype."""
         bias_dtype = problem.hidden_dtype if problem.bias is None else problem.bias.dtype
-        return self.hidden.to(problem.hidden_dtype), self.weight, self.bias.to(bias_dtype)
+        bias = self.bias if problem.weight_scale is None else self.bias * problem.weight_scale
+        return self.hidden.to(problem.hidden_dtype), self.weight, bias.to(bias_dtype)
 
 
 def exact_backward(
@@ -68,7 +69,7 @@ def add_rows(problem: Problem, gradients: Gradients, group: slice, workspace: Te
     All rows in one group, or groups of one block of rows each and a weight in the dtype of sums. The workspace has room
     for a block of dz [rows, columns].
     """
-    hidden, sums = problem.hidden, problem.accumulate_dtype
+    hidden, sums = problem.scaled_hidden, problem.accumulate_dtype
     needs_hidden, needs_weight, needs_bias = (
         g.numel() > 0 for g in (gradients.hidden, gradients.weight, gradients.bias)
     )

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import cpu, cpu_fused, cpu_sparse, cuda, cuda_loss, stored
+from . import cpu, cpu_fused, cpu_sparse, cuda, cuda_loss, float16_range, stored
 from .blocks import Fill, Gradients, add_rows
 from .counted import counted_rows, spread, with_rows
 from .fallback import first_that_runs, smaller
@@ -54,8 +54,21 @@ class _Blocks(NamedTuple):
 
 def loss_and_gradients(
     problem: Problem, coefficient: Tensor, needs_grad: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, grad_hidden, grad_weight, grad_bias, units); gradients are empty where not needed.
+
+    units: what the gradients of hidden states, and of weight and bias, are to be multiplied by [2]; empty but in float16.
+    """
+    if problem.compute_dtype != torch.float16:
+        return *_by_some_way(problem, coefficient, needs_grad), coefficient.new_empty(0)
+    problem, coefficient, rows, units = float16_range.scaled(problem, coefficient)
+    loss, *gradients = _by_some_way(problem, coefficient, needs_grad)
+    return loss / rows, *gradients, units
+
+
+def _by_some_way(
+    problem: Problem, coefficient: Tensor, needs_grad: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, grad_hidden, grad_weight, grad_bias); gradients are empty where not needed."""
     given, problem = problem, for_loss_with_gradients(problem)
 
     def ways(name: str, compute: Callable, problem: Problem = problem) -> dict[str, Callable]:

@@ -7,11 +7,12 @@
 A target [N, K] picks K classes of each row, in the same pass: picked is [N, K] then.
 
     cce_inductor::scaled_loss(hidden [N, D], weight [V, D], bias [V]?, target [N], coefficient [N], ...)
-        -> loss [], grad_hidden [N, D], grad_weight [V, D], grad_bias [V]
+        -> loss [], grad_hidden [N, D], grad_weight [V, D], grad_bias [V], units [2]
 
 `scaled_loss` is the sum over n of coefficient[n] * (lse[n] - picked[n]) over the rows whose target is not
-`ignore_index`, with its gradients where `needs_grad` asks for them; the gradient of the loss multiplies them later.
-The coefficients get no gradient.
+`ignore_index`, with its gradients where `needs_grad` asks for them; the gradient of the loss multiplies them later. In
+float16 `units` does too, of which there are none else: one for the gradient of hidden states, one for the others, which
+`float16_range.py` chooses. The coefficients get no gradient.
 
 `reference.py` says what is computed. `logit_map` is the text of a `LogitMap`. `compute_dtype` is what the operands of
 the matmuls are cast to (autocast: a float32 parameter with bfloat16 arithmetic), while gradients come back in each
@@ -64,7 +65,7 @@ _library.define(
     "scaled_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor coefficient, *, str logit_map, "
     "int? ignore_index, ScalarType compute_dtype, int? workspace_mib, bool[] needs_grad, "
     "float approximate_mass=0.0) "
-    "-> (Tensor loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
+    "-> (Tensor loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor units)"
 )
 
 
@@ -78,14 +79,16 @@ def pays_in_forward(
     """Whether `scaled_loss` is the faster way, where both can be taken.
 
     Always where no Triton kernel computes the logits. Where one does, if the weight has a gradient, in whose memory
-    something of the logits is kept: a sparse backward can use that only if it tells the slope of the map.
-    float16 is left out: a gradient that is not yet multiplied by a gradient scaler's factor would underflow.
+    something of the logits is kept: a sparse backward can use that only if it tells the slope of the map. In float16
+    slopes need a bound, for gradients are kept in its range. On a CPU nothing is fast in float16.
     """
-    if compute_dtype == torch.bfloat16:
-        if device.type != "cuda":
-            return device.type == "cpu"
-        return needs_grad_weight and (approximate_mass == 0 or logit_map.slope_by_value is not None)
-    return compute_dtype in (torch.float32, torch.float64)
+    float16 = compute_dtype == torch.float16
+    if compute_dtype.itemsize > 2:
+        return True
+    if device.type != "cuda":
+        return device.type == "cpu" and not float16
+    known = approximate_mass == 0 or logit_map.slope_by_value is not None
+    return needs_grad_weight and known and not (float16 and logit_map.slope_bound is None)
 
 
 @contextlib.contextmanager
@@ -142,7 +145,7 @@ def _scaled_loss(
     *,
     needs_grad: list[bool],
     **options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _refuse_tangents(hidden, weight, bias, coefficient)
     _check_coefficients(target, coefficient)
     with _plain_context(hidden):
@@ -248,12 +251,13 @@ def _scaled_loss_fake(
     logit_map: str,
     needs_grad: list[bool],
     **_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     check(hidden, weight, bias, target, None, compute_dtype)
     _check_coefficients(target, coefficient)
     LogitMap.parse(logit_map)
     loss = hidden.new_empty((), dtype=accumulate_dtype(compute_dtype))
-    return loss, *_empty_gradients(hidden, weight, bias, needs_grad)
+    units = loss.new_empty(2 if compute_dtype == torch.float16 else 0)
+    return loss, *_empty_gradients(hidden, weight, bias, needs_grad), units
 
 
 def _save_for_backward(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: tuple) -> None:
@@ -307,13 +311,13 @@ torch.library.register_autograd(f"{NAMESPACE}::vocab_reductions_backward", _no_d
 
 
 def _save_gradients(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: tuple) -> None:
-    _, *grads = output
+    _, *grads, units = output
     needs_grad = keyword_only_inputs["needs_grad"]
     assert all(n or not i for i, n in zip(ctx.needs_input_grad, needs_grad, strict=False)), (
         "a gradient is not asked for"
     )
-    ctx.mark_non_differentiable(*grads)
-    ctx.save_for_backward(*inputs[:3], *grads)
+    ctx.mark_non_differentiable(*grads, units)
+    ctx.save_for_backward(*inputs[:3], *grads, units)
 
 
 class _Scaled(torch.autograd.Function):
@@ -327,14 +331,18 @@ class _Scaled(torch.autograd.Function):
 
 
 def _scale_gradients(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple:
-    saved = ctx.saved_tensors
+    *saved, units = ctx.saved_tensors
     inputs, grads = saved[:3], saved[3:]
+    scales = [grad_loss] * 3
+    if len(units) > 0:
+        of_hidden, of_weight = grad_loss * units
+        scales = [of_hidden, of_weight, of_weight]
     may_reuse = hands_over()
     results = (
-        (_Scaled.apply(grad, grad_loss, *inputs) if torch.is_grad_enabled() else scaled(grad, grad_loss, may_reuse))
+        (_Scaled.apply(grad, scale, *inputs) if torch.is_grad_enabled() else scaled(grad, scale, may_reuse))
         if needed
         else None
-        for grad, needed in zip(grads, ctx.needs_input_grad[:3], strict=True)
+        for grad, scale, needed in zip(grads, scales, ctx.needs_input_grad[:3], strict=True)
     )
     return *results, None, None
 

@@ -83,6 +83,7 @@ class Problem:
     want_entropy: bool = False
     may_take_more: bool = False  # memory than workspace_bytes, where that is worth it: `workspace.py`
     level: Tensor | None = None  # [N]: taken from products before they are rounded to 16 bits, and added after
+    weight_scale: Tensor | None = None  # []: what gradients of weight and bias are multiplied by: `float16_range.py`
 
     @classmethod
     def of(
@@ -201,6 +202,11 @@ class Problem:
         assert self.target is not None
         assert self.ignore_index is not None
         return torch.ne(self.target, self.ignore_index)
+
+    @property
+    def scaled_hidden(self) -> Tensor:
+        """The hidden states as a factor of the weight's gradient."""
+        return self.hidden if self.weight_scale is None else self.hidden * self.weight_scale
 
     def weight_rows(self, columns: slice) -> Tensor:
         """The classifier weight of a slice of the vocabulary, in the dtype of the matmuls."""

@@ -43,7 +43,7 @@ def ours(leaves, target, logit_map="z"):
     """(loss, gradients)."""
     needs_grad = [leaf is not None for leaf in leaves]
     coefficient = torch.full(target.shape, 1 / max(1, int((target >= 0).sum())))
-    loss, *grads = scaled_loss(
+    loss, *grads, _ = scaled_loss(
         *leaves,
         target,
         coefficient,

@@ -13,7 +13,7 @@ from cce_inductor.ops.blocks import Gradients
 from cce_inductor.ops.kept import KeptLogits
 from cce_inductor.ops.library import scaled_loss
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -129,7 +129,7 @@ def test_only_the_gradients_asked_for_are_computed(needs_grad):
         leaf.requires_grad_(bool(needed))
     results = scaled_loss(*leaves, target, coefficient, **{**options, "needs_grad": list(map(bool, needs_grad))})
     torch.testing.assert_close(results[0], every[0])
-    for mine, theirs, needed in zip(results[1:], every[1:], needs_grad, strict=True):
+    for mine, theirs, needed in zip(results[1:4], every[1:4], needs_grad, strict=True):
         if needed:
             torch.testing.assert_close(mine, theirs)
         assert mine.numel() == (theirs.numel() if needed else 0)

@@ -133,7 +133,7 @@ def test_only_the_gradients_asked_for_are_computed(needs_grad, width, workspace)
             leaf.requires_grad_(bool(needed))
         results = scaled_loss(*leaves, target, coefficient, **{**options, "needs_grad": list(map(bool, needs_grad))})
     torch.testing.assert_close(results[0], every[0])
-    for mine, theirs, needed in zip(results[1:], every[1:], needs_grad, strict=True):
+    for mine, theirs, needed in zip(results[1:4], every[1:4], needs_grad, strict=True):
         assert mine.numel() == (theirs.numel() if needed else 0)
         if needed:
             torch.testing.assert_close(mine, theirs)
