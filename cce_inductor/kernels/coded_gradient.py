@@ -9,7 +9,7 @@ a logit that is known. `kernels/sparse.py` computes the blocks of the other tile
 import triton
 import triton.language as tl
 
-from .codes import load_shares, place_of_codes
+from .codes import load_probabilities, place_of_codes
 from .pointwise import exp, log
 from .sparse import blocks_between
 from .tile import position_in_tile
@@ -17,9 +17,10 @@ from .tile import position_in_tile
 
 @triton.jit(do_not_specialize=["round_index", "first_apart", "last_kept", "num_rows", "ignore_index"])
 def coded_gradient_kernel(
-    codes,  # [tiles, N, BLOCK_V], uint8 or uint16, of the tiles up to first_apart
+    codes,  # [tiles, N, BLOCK_V], uint8, of the tiles up to first_apart
     codes_apart,  # the same of those from first_apart on
     tile_lse,  # [all tiles, N]
+    tile_tops,  # [all tiles, N, 2], int32
     target,  # [N]
     target_logit,  # [N]: x of the target, unless SAME_SLOPE
     lse,  # [N]
@@ -63,11 +64,13 @@ def coded_gradient_kernel(
         row_mask = listed >= 0
         rows = tl.maximum(listed, 0)
         kept, tile_there = place_of_codes(codes, codes_apart, first_apart, tile)
-        shares = load_shares(kept, tile_there, rows, row_mask, num_rows, BLOCK_V)
-        log_sum = tl.load(tile_lse + tile.to(tl.int64) * num_rows + rows)
-        mass = exp(log_sum - tl.load(lse + rows))
-        dx = shares * (mass * tl.load(grad_lse + rows))[:, None]
-        x = log(shares) + log_sum[:, None]
+        here = tile.to(tl.int64) * num_rows + rows
+        first, second = tl.load(tile_tops + 2 * here), tl.load(tile_tops + 2 * here + 1)
+        row_lse = tl.load(lse + rows)
+        mass = exp(tl.load(tile_lse + here) - row_lse)
+        p = load_probabilities(kept, mass, first, second, tile_there, rows, row_mask, num_rows, BLOCK_V)
+        dx = p * tl.load(grad_lse + rows)[:, None]
+        x = log(p) + row_lse[:, None]
         if HAS_TARGET:
             targets = tl.load(target + rows)
             position, inside = position_in_tile(targets, tile * BLOCK_V, ignore_index, HAS_IGNORE_INDEX, BLOCK_V)

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from .codes import store_codes
 from .kept import store_logits
-from .pointwise import LEAST_LOG, exp_of_difference
+from .pointwise import LEAST_LOG, exp_of_difference, root_of_difference
 from .tile import preactivations, tile_position
 from .tops import heaviest
 
@@ -104,7 +104,13 @@ def forward_kernel(
             first = (first_tile + column_block) * BLOCK_V + tl.argmax(x, 1, tie_break_left=True)
             tl.store(tile_maximum + results, peak, mask=row_mask)
             tl.store(tile_argmax + results, first, mask=row_mask)
-        exp = exp_of_difference(x, shift)
+        if CODE:
+            # first of all: of two numbers for each logit there is no room in registers
+            root = root_of_difference(x, shift)
+            store_codes(kept, root, column_block, places, row_mask, num_rows, BLOCK_V)
+            exp = root * root * root
+        else:
+            exp = exp_of_difference(x, shift)
         total = tl.sum(exp, 1)
         if WANT_ENTROPY:
             spread = tl.sum(exp * tl.maximum(x - shift[:, None], LEAST_LOG), 1)
@@ -114,8 +120,6 @@ def forward_kernel(
             tl.store(tile_tops + 2 * results, first, mask=row_mask)
             tl.store(tile_tops + 2 * results + 1, second, mask=row_mask)
         tl.store(tile_lse + results, shift + tl.log(total), mask=row_mask)
-        if CODE:
-            store_codes(kept, exp, column_block, places, row_mask, num_rows, BLOCK_V)
         if KEEP:
             store_logits(
                 kept, kept_base, z, x, peak, column_block, places, row_mask,

@@ -30,6 +30,12 @@ def exp_of_difference(x, row):
 
 
 @triton.jit
+def root_of_difference(x, row):
+    """The cube root of that."""
+    return tl.exp2(x * (LOG2_E / 3) - (row * (LOG2_E / 3))[:, None])
+
+
+@triton.jit
 def sigmoid(x):
     """1 / (1 + exp(-x)); exp overflows to infinity for very negative x, which gives the right 0."""
     return 1.0 / (1.0 + exp(-x))

@@ -12,7 +12,7 @@ Codes that the forward kept (`codes.py`) tell p without a product.
 import triton
 import triton.language as tl
 
-from .codes import load_shares, place_of_codes
+from .codes import load_probabilities, place_of_codes
 from .pointwise import exp, log
 from .tile import preactivations
 from .tops import column_of
@@ -165,13 +165,15 @@ def coded_share_kernel(
             sample, grad_lse, skipped_mass, active, tile_tops, first, number, tile, num_rows, num_tiles,
             BLOCK_N, BLOCK_V,
         )  # fmt: skip
-        shares = load_shares(kept, tile_there, rows, row_mask, num_rows, BLOCK_V)
-        log_sum = tl.load(tile_lse + tile.to(tl.int64) * num_rows + rows)
-        scale = scale * exp(log_sum - tl.load(lse + rows))
-        p = tl.where(_skipped(top, other_top, BLOCK_V), shares * scale[:, None], 0.0)
-        mass += p
+        here = tile.to(tl.int64) * num_rows + rows
+        first_top, second_top = tl.load(tile_tops + 2 * here), tl.load(tile_tops + 2 * here + 1)
+        row_lse = tl.load(lse + rows)
+        of_tile = exp(tl.load(tile_lse + here) - row_lse)
+        p = load_probabilities(kept, of_tile, first_top, second_top, tile_there, rows, row_mask, num_rows, BLOCK_V)
+        skipped = tl.where(_skipped(top, other_top, BLOCK_V), p * scale[:, None], 0.0)
+        mass += skipped
         if not SAME_SLOPE:
-            force += p * SLOPE_BY_VALUE(log(shares) + log_sum[:, None])
+            force += skipped * SLOPE_BY_VALUE(log(p) + row_lse[:, None])
     of_column = tl.sum(mass, 0)
     tile_mass = tl.sum(of_column, 0)
     of_force = of_column * SLOPE_BY_VALUE(of_column) if SAME_SLOPE else tl.sum(force, 0)

@@ -49,6 +49,7 @@ def heaviest(exps, total, TILE: tl.constexpr):
     # the bits of floats that are not negative are in order as integers
     packed = with_column(exps, tl.arange(0, TILE)[None, :], TILE)
     first, second = tl.reduce((packed, tl.zeros_like(packed)), 1, _larger_two)
+    total = tl.maximum(total, 1.0)  # it is zero where no logit is finite
     left = total - 1.0
     left_of_both = tl.maximum(left - number_of(second, TILE), 0.0)
     first = with_column(left / total, column_of(first, TILE), TILE)

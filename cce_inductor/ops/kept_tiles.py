@@ -11,9 +11,8 @@ gradient: as the last that are kept end where all gradients end, each slice's be
 N < D, all logits that are left take less room than their gradients. So of V classes min(V, C + (V - C) D / N) are kept,
 and where the weight is float32, whose gradient has twice the room, min(V, C + 2 (V - C) D / N).
 
-A sparse backward takes the vocabulary in the same order, and finds codes (`kernels/codes.py`) of 8 bits, or 16 where
-gradients are in float16, which tells more: of as many classes as have room in the weight's gradient, V D / N times the
-size of its numbers by that of a code, and of the next ones apart.
+A sparse backward takes the vocabulary in the same order, and finds codes of 8 bits (`kernels/codes.py`): of as many
+classes as have room in the weight's gradient, V D / N times the size of its numbers, and of the next ones apart.
 """
 
 from collections.abc import Iterator
@@ -108,13 +107,12 @@ class KeptTiles:
         """
         tiles = -(-problem.vocab_size // tile_columns)
         size = problem.num_rows * tile_columns
-        dtype = torch.uint16 if problem.compute_dtype == torch.float16 else torch.uint8
-        room = grad_weight.flatten().view(dtype)
-        gradient = room.numel() // problem.vocab_size * tile_columns  # codes that have room in that of a tile
+        room = grad_weight.flatten().view(torch.uint8)
+        gradient = room.numel() // problem.vocab_size * tile_columns  # bytes of a tile's
         inside = 0
         if room.numel() >= size:
             inside = min(room.numel() // size, (room.numel() - size) // gradient + 1, tiles)
-        apart = min(room_bytes // (size * dtype.itemsize), tiles - inside)
+        apart = min(room_bytes // size, tiles - inside)
         middle, end = (min(count * tile_columns, problem.vocab_size) for count in (inside, inside + apart))
         places = (
             (slice(0, middle), room[room.numel() - inside * size :]),
@@ -126,7 +124,7 @@ class KeptTiles:
                 for columns, codes in places
                 if columns.start < columns.stop
             ),
-            bytes_apart=apart * size * dtype.itemsize,
+            bytes_apart=apart * size,
         )
 
     @property

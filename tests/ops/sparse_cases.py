@@ -44,7 +44,7 @@ def _records(case, number, log_q):
     in_order = torch.where(torch.nn.functional.pad(is_target, (0, 2)), torch.inf, padded)
     places = in_order.topk(2, dim=1).indices
     without = torch.stack([padded.scatter(1, places[:, :count], -torch.inf).logsumexp(1) for count in (1, 2)], 1)
-    return (without.exp().float().view(torch.int32) & -TILE_WIDTH) | places.int() % TILE_WIDTH
+    return (without.exp().float().nan_to_num(0.0).view(torch.int32) & -TILE_WIDTH) | places.int() % TILE_WIDTH
 
 
 def target_logits(case):
