@@ -9,10 +9,11 @@ a logit that is known. `kernels/sparse.py` computes the blocks of the other tile
 import triton
 import triton.language as tl
 
-from .codes import load_probabilities, place_of_codes
+from .codes import FIRST, among_columns, load_cubes, place_of_codes
 from .pointwise import exp, log
 from .sparse import blocks_between
 from .tile import position_in_tile
+from .tops import shares_of
 
 
 @triton.jit(do_not_specialize=["round_index", "first_apart", "last_kept", "num_rows", "ignore_index"])
@@ -65,22 +66,29 @@ def coded_gradient_kernel(
         rows = tl.maximum(listed, 0)
         kept, tile_there = place_of_codes(codes, codes_apart, first_apart, tile)
         here = tile.to(tl.int64) * num_rows + rows
-        first, second = tl.load(tile_tops + 2 * here), tl.load(tile_tops + 2 * here + 1)
-        row_lse = tl.load(lse + rows)
-        mass = exp(tl.load(tile_lse + here) - row_lse)
-        p = load_probabilities(kept, mass, first, second, tile_there, rows, row_mask, num_rows, BLOCK_V)
-        dx = p * tl.load(grad_lse + rows)[:, None]
-        x = log(p) + row_lse[:, None]
-        if HAS_TARGET:
+        # rows that are not listed have no numbers but zero, and so must not add to the products
+        first = tl.load(tile_tops + 2 * here, mask=row_mask, other=0)
+        second = tl.load(tile_tops + 2 * here + 1, mask=row_mask, other=0)
+        row_lse = tl.load(lse + rows, mask=row_mask, other=0.0)
+        log_sum = tl.load(tile_lse + here, mask=row_mask, other=0.0)
+        grad = exp(log_sum - row_lse) * tl.load(grad_lse + rows, mask=row_mask, other=0.0)
+        of_first, of_second, of_others = shares_of(first, second, BLOCK_V)
+        first_grad = grad * of_first
+        if HAS_TARGET:  # it is the first in its tile
             targets = tl.load(target + rows)
             position, inside = position_in_tile(targets, tile * BLOCK_V, ignore_index, HAS_IGNORE_INDEX, BLOCK_V)
-            target_grad = tl.load(grad_picked + rows, mask=inside, other=0.0)
-            hit = tl.arange(0, BLOCK_V)[None, :] == position[:, None]
-            dx += tl.where(hit, target_grad[:, None], 0.0)
-            if not SAME_SLOPE:
-                x = tl.where(hit, tl.load(target_logit + rows)[:, None], x)
-        # what lies outside of the logits must not add to the products
-        gradient = tl.where(row_mask[:, None], dx * SLOPE_BY_VALUE(x), 0.0)
+            inside &= row_mask
+            first_grad += tl.load(grad_picked + rows, mask=inside, other=0.0)
+        kept, tile_there = place_of_codes(codes, codes_apart, first_apart, tile)
+        cubes = load_cubes(kept, first, second, tile_there, rows, row_mask, num_rows, BLOCK_V)
+        gradient = among_columns(cubes, first_grad, grad * of_second, grad * of_others)
+        if SAME_SLOPE:
+            gradient *= SLOPE_BY_VALUE(gradient)
+        else:
+            x = log(among_columns(cubes, of_first, of_second, of_others)) + log_sum[:, None]
+            if HAS_TARGET:
+                x = tl.where((cubes == FIRST) & inside[:, None], tl.load(target_logit + rows)[:, None], x)
+            gradient *= SLOPE_BY_VALUE(x)
         block_rows = (block.to(tl.int64) * SLOT + piece) * BLOCK_V
         offsets = tl.multiple_of(block_rows[:, None], (1, 16)) + tl.arange(0, BLOCK_V)[None, :]
         tl.store(dz + offsets, gradient.to(dz.dtype.element_ty))

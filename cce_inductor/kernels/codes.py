@@ -12,10 +12,14 @@ ten times as large, and where they count its logarithm, twice. The cube is the e
 import triton
 import triton.language as tl
 
-from .tops import column_of, number_of
+from .tops import column_of
 
 LARGEST = tl.constexpr(255.0)
-ONES = tl.constexpr(2.0**23)  # the numbers from here to twice as much are integers, which their lowest bits count
+# Numbers from here to twice as much are integers, which their lowest bits count: to and from an integer in one addition,
+# where an instruction for that takes four times as long.
+ONES = tl.constexpr(2.0**23)
+BITS_OF_ONES = tl.constexpr((127 + 23) << 23)
+FIRST, SECOND = tl.constexpr(-1.0), tl.constexpr(-2.0)  # no cube is negative; one register a logit tells it all
 
 
 @triton.jit
@@ -40,9 +44,8 @@ def place_of_codes(codes, codes_apart, first_apart, tile):
 
 
 @triton.jit
-def load_probabilities(
+def load_cubes(
     codes,  # of the first of the tiles that are kept
-    mass,  # [rows]: exp(tile_lse - lse)
     first,  # [rows]: the records of both tops
     second,
     tile,
@@ -51,17 +54,21 @@ def load_probabilities(
     num_rows,
     BLOCK_V: tl.constexpr,
 ):
-    """p [rows, BLOCK_V] in float32; anything where rows are masked."""
-    code = tl.load(codes + _offsets(tile, rows, num_rows, BLOCK_V), mask=row_mask[:, None], other=0).to(tl.float32)
+    """The cubes of the codes, [rows, BLOCK_V] in float32; in the place of the tops' what says which they are."""
+    code = tl.load(codes + _offsets(tile, rows, num_rows, BLOCK_V), mask=row_mask[:, None], other=0)
+    number = (code.to(tl.int32) | BITS_OF_ONES).to(tl.float32, bitcast=True) - ONES
     columns = tl.arange(0, BLOCK_V)[None, :]
-    is_first = columns == column_of(first, BLOCK_V)[:, None]
-    is_second = columns == column_of(second, BLOCK_V)[:, None]
-    left, left_of_both = number_of(first, BLOCK_V), number_of(second, BLOCK_V)
-    cubes = tl.where(is_first | is_second, 0.0, code * code * code)
+    cube = tl.where(columns == column_of(second, BLOCK_V)[:, None], SECOND, number * number * number)
+    return tl.where(columns == column_of(first, BLOCK_V)[:, None], FIRST, cube)
+
+
+@triton.jit
+def among_columns(cubes, of_first, of_second, of_others):
+    """[rows, columns]: numbers of rows that belong to their tops, and to all others together, of which each has a share."""
     # the least sum that is not zero is one
-    p = cubes * (mass * left_of_both / tl.maximum(tl.sum(cubes, 1), 1.0))[:, None]
-    p = tl.where(is_second, (mass * (left - left_of_both))[:, None], p)
-    return tl.where(is_first, (mass * (1.0 - left))[:, None], p)
+    others = of_others / tl.maximum(tl.sum(tl.maximum(cubes, 0.0), 1), 1.0)
+    tops = tl.where(cubes == FIRST, of_first[:, None], of_second[:, None])
+    return tl.where(cubes < 0.0, tops, cubes * others[:, None])
 
 
 @triton.jit

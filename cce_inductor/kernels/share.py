@@ -12,10 +12,10 @@ Codes that the forward kept (`codes.py`) tell p without a product.
 import triton
 import triton.language as tl
 
-from .codes import load_probabilities, place_of_codes
+from .codes import among_columns, load_cubes, place_of_codes
 from .pointwise import exp, log
 from .tile import preactivations
-from .tops import column_of
+from .tops import column_of, shares_of
 
 EVERYWHERE = tl.constexpr(2.0**-10)  # how much a row counts for the share of a tile that it does not skip
 
@@ -169,7 +169,9 @@ def coded_share_kernel(
         first_top, second_top = tl.load(tile_tops + 2 * here), tl.load(tile_tops + 2 * here + 1)
         row_lse = tl.load(lse + rows)
         of_tile = exp(tl.load(tile_lse + here) - row_lse)
-        p = load_probabilities(kept, of_tile, first_top, second_top, tile_there, rows, row_mask, num_rows, BLOCK_V)
+        cubes = load_cubes(kept, first_top, second_top, tile_there, rows, row_mask, num_rows, BLOCK_V)
+        of_first, of_second, of_others = shares_of(first_top, second_top, BLOCK_V)
+        p = among_columns(cubes, of_tile * of_first, of_tile * of_second, of_tile * of_others)
         skipped = tl.where(_skipped(top, other_top, BLOCK_V), p * scale[:, None], 0.0)
         mass += skipped
         if not SAME_SLOPE:

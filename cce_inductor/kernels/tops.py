@@ -31,6 +31,13 @@ def number_of(packed, TILE: tl.constexpr):
 
 
 @triton.jit
+def shares_of(first, second, TILE: tl.constexpr):
+    """What both tokens and all others have of the tile's probability, by the records."""
+    left, left_of_both = number_of(first, TILE), number_of(second, TILE)
+    return 1.0 - left, left - left_of_both, left_of_both
+
+
+@triton.jit
 def number_at(packed, column, TILE: tl.constexpr):
     """The float32 where it belongs to this column, else zero."""
     number = packed - column
