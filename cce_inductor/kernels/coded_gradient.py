@@ -76,8 +76,7 @@ def coded_gradient_kernel(
         first_grad = grad * of_first
         if HAS_TARGET:  # it is the first in its tile
             targets = tl.load(target + rows)
-            position, inside = position_in_tile(targets, tile * BLOCK_V, ignore_index, HAS_IGNORE_INDEX, BLOCK_V)
-            inside &= row_mask
+            inside = position_in_tile(targets, tile * BLOCK_V, ignore_index, HAS_IGNORE_INDEX, BLOCK_V)[1] & row_mask
             first_grad += tl.load(grad_picked + rows, mask=inside, other=0.0)
         kept, tile_there = place_of_codes(codes, codes_apart, first_apart, tile)
         cubes = load_cubes(kept, first, second, tile_there, rows, row_mask, num_rows, BLOCK_V)

@@ -1,12 +1,12 @@
 """Probabilities within a tile that stay in memory between the forward and a sparse backward, in 8 bits.
 
-    code[n, v]  = the integer nearest to 255 exp((x[n, v] - peak[n]) / 3)         peak[n] = the largest x[n, v] of the tile
-    share[n, v] = left[n] code[n, v]**3 / sum over u of code[n, u]**3             left[n] = without the tile's two tops
+    code[n, v]  = the integer nearest to 255 exp((x[n, v] - peak[n]) / 3)      peak[n] = the largest x[n, v] of the tile
+    share[n, v] = left[n] code[n, v]**3 / sum over u of code[n, u]**3          left[n] = without the tile's two tops
     p[n, v]     = share[n, v] exp(tile_lse[n] - lse[n])
 
-What a tile weighs is not rounded, nor what its tops have of it (`tops.py`): these are left out of the sum. A code stands
-for the cube root of a share, as that leaves the smallest error in the gradients. Where 8 bits count a share itself, it is
-ten times as large, and where they count its logarithm, twice. The cube is the exponential that the forward needs.
+What a tile weighs is not rounded, nor what its tops have of it (`tops.py`): these are left out of the sum. A code is a
+cube root, as that makes the smallest error of gradients: where 8 bits count the share itself, it is ten times as large,
+and where they count its logarithm, twice. The cube is the exponential that the forward needs.
 """
 
 import triton
@@ -15,8 +15,8 @@ import triton.language as tl
 from .tops import column_of
 
 LARGEST = tl.constexpr(255.0)
-# Numbers from here to twice as much are integers, which their lowest bits count: to and from an integer in one addition,
-# where an instruction for that takes four times as long.
+# From here to twice as much numbers are integers, which their lowest bits count. So one addition makes an integer of a
+# number, and a number of an integer; the instruction for that takes four times as long.
 ONES = tl.constexpr(2.0**23)
 BITS_OF_ONES = tl.constexpr((127 + 23) << 23)
 FIRST, SECOND = tl.constexpr(-1.0), tl.constexpr(-2.0)  # no cube is negative; one register a logit tells it all
@@ -64,7 +64,7 @@ def load_cubes(
 
 @triton.jit
 def among_columns(cubes, of_first, of_second, of_others):
-    """[rows, columns]: numbers of rows that belong to their tops, and to all others together, of which each has a share."""
+    """[rows, columns]: numbers of rows that belong to their tops, and to all others together by their shares."""
     # the least sum that is not zero is one
     others = of_others / tl.maximum(tl.sum(tl.maximum(cubes, 0.0), 1), 1.0)
     tops = tl.where(cubes == FIRST, of_first[:, None], of_second[:, None])

@@ -57,13 +57,13 @@ def loss_and_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, grad_hidden, grad_weight, grad_bias, units); gradients are empty where not needed.
 
-    units: what the gradients of hidden states, and of weight and bias, are to be multiplied by [2]; empty but in float16.
+    units: what multiplies the gradients of hidden states, and of weight and bias, in the end [2]; none but in float16.
     """
     if problem.compute_dtype != torch.float16:
         return *_by_some_way(problem, coefficient, needs_grad), coefficient.new_empty(0)
     problem, coefficient, rows, units = float16_range.scaled(problem, coefficient)
-    loss, *gradients = _by_some_way(problem, coefficient, needs_grad)
-    return loss / rows, *gradients, units
+    loss, grad_hidden, grad_weight, grad_bias = _by_some_way(problem, coefficient, needs_grad)
+    return loss / rows, grad_hidden, grad_weight, grad_bias, units
 
 
 def _by_some_way(

@@ -83,11 +83,36 @@ def like_a_gpu(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mass", [0, 0.0, 2**-5])
-def test_on_a_gpu_only_float16_waits(dtype, mass, like_a_gpu):
+def test_on_a_gpu_no_dtype_waits(dtype, mass, like_a_gpu):
     ours = check(
         loss, hidden(dtype=dtype), weight(dtype=dtype), labels(), options=replace(EVERYTHING, approximate_mass=mass)
     )
-    assert operators(ours) == [vocab_reductions if dtype == torch.float16 else scaled_loss]
+    assert operators(ours) == [scaled_loss]
+
+
+@pytest.mark.parametrize(("dtype", "operator"), [(torch.float16, vocab_reductions), (torch.bfloat16, scaled_loss)])
+def test_on_a_gpu_float16_waits_where_a_slope_has_no_bound(dtype, operator, like_a_gpu):
+    """Its gradients are kept in range by what bounds them."""
+
+    def program(h, w, t):
+        x = F.linear(h, w).view(-1, V)
+        return F.cross_entropy(x * x, t.view(-1))
+
+    args = hidden(dtype=dtype), weight(dtype=dtype), labels()
+    assert operators(check(program, *args, options=replace(EVERYTHING, approximate_mass=0.0))) == [operator]
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**15])
+def test_float16_is_multiplied_by_a_gradient_scaler_in_the_end(scale, like_a_gpu):
+    """Compiled, backward and all: gradients that underflow without a scaler, and are right with one."""
+    leaves = hidden(dtype=torch.float16), weight(dtype=torch.float16)
+    compiled = torch.compile(loss, backend="cce", options={"min_vocab": 0, "min_logits_bytes": 0, "min_flops": 0})
+    ours = torch.autograd.grad(compiled(*leaves, labels()) * scale, leaves)
+    doubles = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    right = torch.autograd.grad(loss(*doubles, labels()) * scale, doubles)
+    eagers = torch.autograd.grad(loss(*leaves, labels()) * scale, leaves)
+    for mine, theirs, exact in zip(ours, eagers, right, strict=True):
+        assert (mine.double() - exact).norm() <= (theirs.double() - exact).norm()
 
 
 @pytest.mark.parametrize("mass", [0.0, 2**-5])
@@ -120,7 +145,7 @@ def test_on_a_gpu_under_autocast_float32_weights_have_more_room(like_a_gpu):
     assert operators(ours) == [scaled_loss]
 
 
-def test_float16_waits_for_its_scaler():
+def test_on_a_cpu_float16_waits():
     ours = check(loss, hidden(dtype=torch.float16), weight(dtype=torch.float16), labels())
     assert operators(ours) == [vocab_reductions]
 

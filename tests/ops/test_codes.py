@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sparse_cases import TILE_WIDTH, backward, make, recorded, target_logits
+from sparse_cases import TILE_WIDTH, backward, make, mapped_logits, recorded, target_logits
 from test_fallback import OF_THE_MACHINE, Broken
 from test_kept_tiles import in_triton
 from test_scaled_loss import compute, run
@@ -253,11 +253,9 @@ def test_shares_from_codes_are_as_close_as_codes_are(logit_map):
     )
     assert kept.first_left == len(tiles.lse)
     assert (without > 0).any()
-    x = problem.logit_map.value_and_derivative(case.hidden.double() @ case.weight.double().T + case.bias_vector.double())[0]
+    x = mapped_logits(case)
     offs, parts = what_codes_round(x, tiles).split(TILE_WIDTH, 1), torch.softmax(x, 1).split(TILE_WIDTH, 1)
-    for mine, other, off, p in zip(
-        coded.split(TILE_WIDTH), without.split(TILE_WIDTH), offs, parts, strict=True
-    ):
+    for mine, other, off, p in zip(coded.split(TILE_WIDTH), without.split(TILE_WIDTH), offs, parts, strict=True):
         most = (off.sum(1) / p.sum(1)).max() + TILE_WIDTH * CUT  # of what a row has of the tile
         assert (mine - other).abs().sum() <= (2 + STEEPEST) * most / (1 - most)
 
@@ -391,7 +389,8 @@ def test_only_what_is_needed_is_computed(needs_grad):
     assert torch.equal(some[0], both[0])
     for gradient, full, needed in zip(some[1:], both[1:], needs_grad, strict=True):
         if needed:
-            assert (gradient - full).norm() <= OF_GRADIENTS * full.norm()  # fewer tiles are kept without a weight's gradient
+            # fewer tiles are kept without a weight's gradient
+            assert (gradient - full).norm() <= OF_GRADIENTS * full.norm()
         else:
             assert gradient.numel() == 0
 

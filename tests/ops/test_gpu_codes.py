@@ -5,8 +5,8 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from on_a_gpu import FP32, assert_captured, assert_same_bits, nothing_waits
-from test_gpu_loss import LEADS, ROUNDING, SHAPES, in_three_ways, leaves_of, losses_and_gradients
+from on_a_gpu import BF16, FP16, FP32, assert_captured, assert_same_bits, nothing_waits
+from test_gpu_loss import LEADS, ROUNDING, SCALES, SHAPES, in_three_ways, leaves_of, losses_and_gradients
 from test_gpu_loss import mean_loss as exact_mean_loss
 
 from cce_inductor.logit_map import LogitMap
@@ -45,15 +45,17 @@ def from_probabilities(hidden, weight, bias, target, logit_map):
 
 
 @pytest.mark.parametrize(
-    "how", [{}, {"logit_map": "0.5*z + 1.0"}, {"logit_map": "9.0*tanh(z/9.0)"}, {"dtype": FP32}], ids=str
+    "how",
+    [{}, {"logit_map": "0.5*z + 1.0"}, {"logit_map": "9.0*tanh(z/9.0)"}, {"dtype": FP32}, {"compute_dtype": FP16}],
+    ids=str,
 )
 @pytest.mark.parametrize("lead", LEADS.values(), ids=LEADS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_gradients_from_codes_are_no_worse_than_eagers_but_for_the_codes(shape, lead, how):
     ours, eagers, right, doubles = in_three_ways(next_to_exact, shape, lead, how)
-    parts = from_probabilities(*doubles, how.get("logit_map", "z"))
+    parts, bits = from_probabilities(*doubles, how.get("logit_map", "z")), how.get("compute_dtype", BF16)
     for mine, theirs, exact, part in zip(ours[1:], eagers[1:], right[1:], parts, strict=True):
-        most = (theirs.double() - exact).norm() + ROUNDING * exact.norm() + CODE * part.norm()
+        most = (theirs.double() - exact).norm() + ROUNDING[bits] * exact.norm() + CODE * SCALES[bits] * part.norm()
         assert (mine.double() - exact).norm() <= most
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from on_a_gpu import BF16, FP32, FP64, assert_captured, assert_same_bits, nothing_waits, plain, random
+from on_a_gpu import BF16, FP16, FP32, FP64, assert_captured, assert_same_bits, nothing_waits, plain, random
 
 from cce_inductor.logit_map import LogitMap
 from cce_inductor.ops.library import scaled_loss
@@ -35,9 +35,10 @@ def eager_mean_loss(hidden, weight, bias, target, logit_map="z", **_):
     return F.cross_entropy(logits, target)
 
 
-def losses_and_gradients(function, *operands, **how):
+def losses_and_gradients(function, *operands, scale=1.0, **how):
+    """scale: what multiplies the loss, as a gradient scaler does."""
     loss = function(*operands, **how)
-    return loss.detach(), *torch.autograd.grad(loss, [t for t in operands if t is not None and t.requires_grad])
+    return loss.detach(), *torch.autograd.grad(loss * scale, [t for t in operands if t is not None and t.requires_grad])
 
 
 SHAPES = {  # (rows, vocab, width, workspace in MiB): several slices, some of them in part in the gradient's memory
@@ -47,7 +48,8 @@ SHAPES = {  # (rows, vocab, width, workspace in MiB): several slices, some of th
     "pointers": (1000, 20001, 129, 8),
     "one slice": (1000, 5003, 128, 256),
 }
-ROUNDING = 2.0**-9  # of dz and of a result in bfloat16, where eager's are next to exact: uniform rows
+SCALES = {BF16: 1.0, FP16: 2.0**12}
+ROUNDING = {BF16: 2.0**-9, FP16: 2.0**-12}  # of dz and of a result, where eager's are next to exact: uniform rows
 LEADS = {"uniform": 0.0, "soft": 8.0, "certain": 17.0}  # how much larger than others the logit of a target is
 
 
@@ -62,25 +64,31 @@ def leaves_of(rows, vocab, width, lead, masked=0.3, bias=False, dtype=BF16):
 
 
 def in_three_ways(loss, shape, lead, how):
-    """(losses and gradients of a loss in bfloat16, of eager under autocast, the exact ones; the exact operands)."""
+    """(losses and gradients of a loss in 16 bits, of eager under autocast, the exact ones; the exact operands)."""
     *sizes, workspace = shape
-    logit_map = how.get("logit_map", "z")
-    *leaves, target = leaves_of(*sizes, lead, bias="bias" in how, dtype=how.get("dtype", BF16))
-    doubles = *(None if t is None else t.detach().to(BF16).double().requires_grad_() for t in leaves), target
-    exact = losses_and_gradients(eager_mean_loss, *doubles, logit_map=logit_map)
-    with torch.autocast("cuda", BF16):  # for eager
-        eagers = losses_and_gradients(eager_mean_loss, *leaves, target, logit_map=logit_map)
-    ours = losses_and_gradients(loss, *leaves, target, logit_map=logit_map, workspace_mib=workspace)
+    bits = how.get("compute_dtype", BF16)
+    kwargs = {"logit_map": how.get("logit_map", "z"), "scale": SCALES[bits]}
+    *leaves, target = leaves_of(*sizes, lead, bias="bias" in how, dtype=how.get("dtype", bits))
+    doubles = *(None if t is None else t.detach().to(bits).double().requires_grad_() for t in leaves), target
+    exact = losses_and_gradients(eager_mean_loss, *doubles, **kwargs)
+    with torch.autocast("cuda", bits):  # for eager
+        eagers = losses_and_gradients(eager_mean_loss, *leaves, target, **kwargs)
+    ours = losses_and_gradients(loss, *leaves, target, **kwargs, compute_dtype=bits, workspace_mib=workspace)
     return ours, eagers, exact, doubles
 
 
-@pytest.mark.parametrize("how", [{}, {"logit_map": "30.0*tanh(z/30.0)"}, {"bias": True}, {"dtype": FP32}], ids=str)
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"logit_map": "30.0*tanh(z/30.0)"}, {"bias": True}, {"dtype": FP32}, {"compute_dtype": FP16, "bias": True}],
+    ids=str,
+)
 @pytest.mark.parametrize("lead", LEADS.values(), ids=LEADS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_gradients_from_kept_logits_are_no_worse_than_eagers(shape, lead, how):
     ours, eagers, exact, _ = in_three_ways(mean_loss, shape, lead, how)
+    rounding = ROUNDING[how.get("compute_dtype", BF16)]
     for mine, theirs, right in zip(ours[1:], eagers[1:], exact[1:], strict=True):
-        assert (mine.double() - right).norm() <= (theirs.double() - right).norm() + ROUNDING * right.norm()
+        assert (mine.double() - right).norm() <= (theirs.double() - right).norm() + rounding * right.norm()
     # a loss is the difference of two logits of about `lead + 5`, and tensor cores cut off after each 16 products
     cut_off = shape[2] / 16 * torch.finfo(FP32).eps * (lead + 5)
     assert abs(ours[0] - exact[0]) <= abs(eagers[0] - exact[0]) + 2**-16 * exact[0].abs() + cut_off
