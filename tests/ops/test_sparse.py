@@ -174,10 +174,7 @@ def _tile_masses(case):
 def test_the_forward_records_the_two_heaviest_tokens_or_the_target_and_another(rows, vocab, logit_map, bias, seed):
     case = make(rows, vocab, 16, logit_map=logit_map, bias=bias, seed=seed, ignore_index=-1)
     problem = case.problem(approximate_mass=2**-5)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda, "recorded_tiles", lambda *_: -(-vocab // TILE_WIDTH))
-        tiles = cuda.forward(problem).tiles
-    wanted = recorded(case)
+    tiles, wanted = _recorded_by_the_forward(problem), recorded(case)
     # of two tokens that are equally heavy either may be found, and the place takes five bits
     cut_off = 2 * TILE_WIDTH * torch.finfo(torch.float32).eps
     torch.testing.assert_close(tiles.lse, wanted.lse)
@@ -194,6 +191,19 @@ def test_the_forward_records_the_two_heaviest_tokens_or_the_target_and_another(r
                 heaviest = torch.where(holds_target, columns[:, 0] == case.targets % TILE_WIDTH, heaviest)
             assert heaviest.all()
             of_tile = of_tile.scatter(1, columns[:, which, None], -torch.inf)
+
+
+def _recorded_by_the_forward(problem):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "recorded_tiles", lambda *_: -(-problem.vocab_size // TILE_WIDTH))
+        return cuda.forward(problem).tiles
+
+
+def test_the_forward_records_of_a_tile_without_a_finite_logit_that_nothing_is_left():
+    case = make(20, 3 * TILE_WIDTH, 16, bias=True)
+    case.bias_vector[TILE_WIDTH : 2 * TILE_WIDTH] = -torch.inf
+    case.targets %= TILE_WIDTH
+    assert (shares_left(_recorded_by_the_forward(case.problem(approximate_mass=2**-5)))[1] == 0).all()
 
 
 @pytest.mark.parametrize(("picks", "may_skip"), [(None, True), (1, False), (3, False)])
