@@ -369,6 +369,22 @@ def test_of_an_untrained_head_gradients_are_no_worse_than_eager_but_for_codes_an
     assert of_rows.median() <= code
 
 
+@pytest.mark.parametrize("lead", [0.0, 30.0], ids=["all rows are dense", "most is skipped"])
+def test_in_float16_sums_over_rows_are_kept_in_range(lead):
+    """Hidden states with an outlier, so that a sum of all rows' may be larger than float16's largest number."""
+    (hidden, weight), target, coefficient, options = untrained(vocab=300, dtype=torch.float16)
+    with torch.no_grad():
+        hidden += lead * weight[target] / weight[target].square().sum(1, keepdim=True)
+        hidden[:, 0], weight[:, 0] = 2000.0, 0.0
+    with sparse_loss() as taken:
+        _, *ours = run(compute, [hidden, weight], target, coefficient, options, scale=256.0)
+    assert taken[0].weight_scale < 1
+    doubles = [leaf.detach().double().requires_grad_() for leaf in (hidden, weight)]
+    _, *right = run(eager_loss, doubles, target, coefficient.double(), options, scale=256.0)
+    for mine, exact in zip(ours, right, strict=True):
+        assert (mine.double() - exact).norm() <= (2.0**-5 + OF_GRADIENTS) * exact.norm()
+
+
 def test_the_bits_are_the_same_every_time():
     problem = untrained(rows=20, vocab=200)
     with sparse_loss():

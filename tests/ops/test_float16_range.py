@@ -35,6 +35,15 @@ def is_power_of_two(number):
     seed=st.integers(0, 9),
 )
 def test_no_number_overflows_and_as_much_room_is_taken(rows, vocab, width, logit_map, exponent, outlier, seed):
+    assert_in_range(rows, vocab, width, logit_map, exponent, outlier, seed)
+
+
+@pytest.mark.parametrize("outlier", [0.0, 60000.0])
+def test_a_steep_map_leaves_less_room(outlier):
+    assert_in_range(40, 20, 4, "30.0*z", 0, outlier)
+
+
+def assert_in_range(rows, vocab, width, logit_map, exponent, outlier, seed=0):
     problem, *_, coefficient, _ = problem_of(rows, vocab, width, logit_map=logit_map, seed=seed)
     problem.hidden[:, 0] += outlier
     coefficient = coefficient * 2.0**exponent
@@ -63,14 +72,14 @@ def test_the_loss_may_be_of_any_size(exponent):
 
 def test_rows_of_one_token_do_not_overflow():
     """All give their gradient to one row of the weight, whose sum is far beyond float16."""
-    rows = 3000
-    hidden, weight = torch.full((rows, 8), 50.0), torch.randn(40, 8, generator=torch.Generator().manual_seed(1))
-    leaves = [(tensor).to(FP16).requires_grad_() for tensor in (hidden, weight / 50)]
+    rows, generator = 30000, torch.Generator().manual_seed(1)
+    hidden, weight, bias = torch.full((rows, 8), 50.0), torch.randn(40, 8, generator=generator) / 50, torch.zeros(40)
+    leaves = [tensor.to(FP16).requires_grad_() for tensor in (hidden, weight, bias)]
     target, coefficient = torch.full((rows,), 7), torch.full((rows,), 1.0)
-    options = make(1, 2, 1, FP16, bias=False)[3] | {"logit_map": "z", "ignore_index": None}
-    _, *gradients = run(compute, leaves, target, coefficient, options, scale=2.0**-8)
+    options = make(1, 2, 1, FP16)[3] | {"logit_map": "z", "ignore_index": None}
+    _, *gradients = run(compute, leaves, target, coefficient, options, scale=2.0**-12)
     doubles = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    _, *right = run(eager, doubles, target, coefficient.double(), options, scale=2.0**-8)
+    _, *right = run(eager, doubles, target, coefficient.double(), options, scale=2.0**-12)
     for mine, exact in zip(gradients, right, strict=True):
         assert (mine.double() - exact).norm() <= 2 * torch.finfo(FP16).eps * exact.norm()
 
@@ -90,6 +99,14 @@ def test_a_row_that_is_not_a_number_counts_only_where_it_is_not_ignored(ignored)
     others = torch.arange(20) != 4
     assert gradients[0][others].isfinite().all() or not ignored
     assert gradients[1].isfinite().all() == ignored
+
+
+def test_rows_that_are_ignored_do_not_take_the_range_of_others():
+    _, leaves, target, coefficient, options = problem_of(ignore_index=-100)
+    target[4] = -100
+    expected = run(compute, leaves, target, coefficient, options)
+    coefficient[4], leaves[0].data[4] = 2.0**40, 60000.0
+    assert all(map(torch.equal, run(compute, leaves, target, coefficient, options), expected))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, FP16])
