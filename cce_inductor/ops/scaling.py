@@ -18,8 +18,8 @@ from .launch import device_properties
 from .problem import spans
 from .quick_launch import launch
 
-BLOCK = 4096  # numbers that a program multiplies at a time
-PROGRAMS = 4  # at a time on a multiprocessor
+BLOCK = 8192  # numbers that a program multiplies at a time
+PROGRAMS = 8  # at a time on a multiprocessor
 CPU_NUMBERS = 1 << 20  # at a time, so that those in the dtype of the scale take no memory to speak of
 
 _library = torch.library.Library("cce_inductor", "FRAGMENT")
