@@ -82,7 +82,7 @@ def coded_gradient_kernel(
         cubes = load_cubes(kept, first, second, tile_there, rows, row_mask, num_rows, BLOCK_V)
         gradient = among_columns(cubes, first_grad, grad * of_second, grad * of_others)
         if SAME_SLOPE:
-            gradient *= SLOPE_BY_VALUE(gradient)
+            gradient *= SLOPE_BY_VALUE(gradient)  # whatever it is of
         else:
             x = log(among_columns(cubes, of_first, of_second, of_others)) + log_sum[:, None]
             if HAS_TARGET:

@@ -1,13 +1,13 @@
 """Powers of two that keep gradients in the range of float16 where they are computed before that of their loss is known.
 
-    coefficient[n] S    the weights of rows in the loss, the largest in (4, 8]
+    coefficient[n] S    the weights of rows in the loss, the largest at least 4 and below 8
     hidden[n] T         the hidden states, for the weight's gradient, which is a sum over rows
 
 In float16 a gradient scaler multiplies the loss by some 2**15, as gradients would underflow without. In the forward
 that number is yet to come. So the loss is multiplied by S, with which dz tells probabilities down to 2**-27. T, at most
 one, is the largest with which no sum over all rows can overflow:
 
-    T (sum over n of S |coefficient[n]| max(1, max |hidden[n]|)) max |f'| <= 2**15
+    T (sum over n of S |coefficient[n]| max(1, max |hidden[n]|)) max |f'| < 2**15
 
 Products with powers of two round nothing but what is too small for float16.
 """

@@ -316,7 +316,7 @@ def sparse_loss():
     rows=st.integers(1, 20),
     vocab=st.integers(1, 100),
     width=st.integers(1, 24),
-    dtypes=st.sampled_from(((BF16, BF16), (FP32, BF16), (torch.float16, torch.float16))),
+    dtypes=st.sampled_from(((BF16, BF16), (FP32, BF16), (torch.float16, torch.float16), (FP32, torch.float16))),
     logit_map=st.sampled_from(["z", "2.0*z", "30.0*tanh(z/30.0)"]),
     ignore_index=st.sampled_from((-100, 0, None)),
     scale=st.sampled_from([1.0, 0.25]),

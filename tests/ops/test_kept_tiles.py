@@ -157,7 +157,7 @@ def test_the_share_of_large_heads(vocab, width, share, monkeypatch):
     rows=st.integers(1, 37),
     vocab=st.integers(1, 150),
     width=st.integers(1, 48),
-    dtypes=st.sampled_from(((BF16, BF16), (FP32, BF16), (torch.float16, torch.float16))),
+    dtypes=st.sampled_from(((BF16, BF16), (FP32, BF16), (torch.float16, torch.float16), (FP32, torch.float16))),
     logit_map=st.sampled_from((*cases.MAPS, "-0.5*z", "0.1*z*z", KINKED)),
     bias=st.booleans(),
     ignore_index=st.sampled_from((-100, 0, None)),
