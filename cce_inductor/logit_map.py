@@ -154,8 +154,8 @@ def _affine(expr: sympy.Expr) -> tuple[float, float] | None:
 
 # Where the values of functions lie that have bounds.
 BOUNDS = {"tanh": sympy.AccumBounds(-1, 1), "sigmoid": sympy.AccumBounds(0, 1)}
-# Where codes put a probability off by a part of itself (`kernels/codes.py`), they put x off by as much, and f', if it is
-# told from x, by no more than half of that.
+# Where codes put a probability off by a part of itself (`kernels/codes.py`), they put x off by as much, and f', if it
+# is told from x, by no more than half of that.
 STEEPEST = 0.5
 
 

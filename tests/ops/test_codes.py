@@ -29,7 +29,7 @@ __all__ = ["in_triton"]  # a fixture of this module too
 BF16, FP32 = torch.bfloat16, torch.float32
 HALF = 0.5 / 255  # of the cube root of a share by that of the largest: what is nearer than this to a code becomes it
 CUT = 2.0**-17  # by so much of itself may be off what the tops of a tile leave: their columns take its last bits
-OF_GRADIENTS = 2.0**-6  # more than that of their norm codes don't change gradients by
+OF_GRADIENTS = 2.0**-6  # of their norm: codes change gradients by less
 
 
 @pytest.fixture(autouse=True)
