@@ -10,6 +10,7 @@ LOSSES = "tests/ops/test_losses.py"
 SCALED = "tests/ops/test_scaled_loss.py"
 KEPT = "tests/ops/test_kept_tiles.py"
 CODES = "tests/ops/test_codes.py"
+CODED_LOSS = "tests/ops/test_coded_loss.py"
 FLOAT16 = "tests/ops/test_float16_range.py"
 CPU_SPARSE = "tests/ops/test_cpu_sparse.py"
 CPU_FUSED = "tests/ops/test_cpu_fused.py -k no_worse"
@@ -671,7 +672,7 @@ FAULTS = [
         "ops/kept_tiles.py",
         "return self.places[-1].tiles[1] if self.places else 0",
         "return 0",
-        CODES + " -k twice",
+        CODED_LOSS + " -k twice",
     ),
     Fault(
         "codes: those apart are looked for among the others",
@@ -762,14 +763,14 @@ FAULTS = [
         "kernels/sparse.py",
         "total *= tl.load(scale)",
         "total *= 1.0",
-        CODES + " -k in_range",
+        CODED_LOSS + " -k in_range",
     ),
     Fault(
         "float16: nor where tops and what is skipped begin it",
         "kernels/top_gradient.py",
         "total *= tl.load(scale)",
         "total *= 1.0",
-        CODES + " -k in_range",
+        CODED_LOSS + " -k in_range",
     ),
     Fault(
         "scaling: a gradient is never multiplied in place",

@@ -2,8 +2,8 @@
 
     dz[n, v] = (p[n, v] * grad_lse[n] + [v == target[n]] * grad_picked[n]) * f'(z[n, v])
 
-f' is that of x = log(p) + lse, as far as a code tells p; only the target may have a p that codes don't tell at all, and
-a logit that is known. `kernels/sparse.py` computes the blocks of the other tiles, and multiplies.
+f' is that of x = log(p) + lse, as far as codes and the records of a tile's tops tell p; the target has a logit that is
+known. `kernels/sparse.py` computes the blocks of the other tiles, and multiplies.
 """
 
 import triton

@@ -77,7 +77,7 @@ def backward(
     if grad_weight is None:
         grad_weight = problem.weight.new_empty(problem.weight.shape if needs_grad[1] else 0)
     kernels = [sparse.coded_blocks()] if kept.places else []
-    if kept.first_left < len(sparse.tiles.lse):
+    if kept.first_left < sparse.num_tiles:
         kernels.append(sparse.blocks())
     if needs_grad[1]:
         kernels += [sparse.begin_weight(grad_weight), sparse.weight_gradient(grad_weight)]
@@ -122,7 +122,7 @@ class _SparseBackward(SparseOperands):
         super().__init__(problem)
         self.lse, self.grads = lse, grads
         block_n, block_v = self.config.block_n, self.config.block_v
-        self.tiles, self.kept = tiles, kept
+        self.tiles, self.num_tiles, self.kept = tiles, len(tiles.lse), kept
         blocks = blocks_of_a_round(problem, self.config, self.products, self.processors, kept.bytes_apart)
         part = self.products.part
         active = Active.of(problem, lse, tiles, grads, block_v, part, tops=_compensates)
@@ -185,7 +185,7 @@ class _SparseBackward(SparseOperands):
             top_dz=self.top_dz,
             fixed=self.fixed,
             num_rows=rows,
-            num_tiles=len(self.tiles.lse),
+            num_tiles=self.num_tiles,
             width=width,
             slope_bound=problem.logit_map.slope_bound,
             stride_hn=self.hidden.stride(0),
@@ -272,7 +272,7 @@ class _SparseBackward(SparseOperands):
             counts=self.lists.counts,
             num_rows=problem.num_rows,
             num_columns=problem.vocab_size,
-            num_tiles=len(self.tiles.lse),
+            num_tiles=self.num_tiles,
             width=problem.width,
             stride_hn=self.hidden.stride(0),
             stride_hd=self.hidden.stride(1),
@@ -299,7 +299,7 @@ class _SparseBackward(SparseOperands):
             scale=self.problem.weight_scale,
             grad_weight=grad_weight,
             counts=self.lists.counts,
-            num_tiles=len(self.tiles.lse),
+            num_tiles=self.num_tiles,
             stride_hn=self.hidden.stride(0),
             stride_hd=self.hidden.stride(1),
             USE_TMA=self.tma,

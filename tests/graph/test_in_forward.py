@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import EVERYTHING, B, D, S, V, bias, check, hidden, labels, nodes_of, run_compiled, weight
+from helpers import EVERYTHING, OPTIONS, B, D, S, V, bias, check, hidden, labels, nodes_of, run_compiled, weight
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
@@ -106,7 +106,7 @@ def test_on_a_gpu_float16_waits_where_a_slope_has_no_bound(dtype, operator, like
 def test_float16_is_multiplied_by_a_gradient_scaler_in_the_end(scale, like_a_gpu):
     """Compiled, backward and all: gradients that underflow without a scaler, and are right with one."""
     leaves = hidden(dtype=torch.float16), weight(dtype=torch.float16)
-    compiled = torch.compile(loss, backend="cce", options={"min_vocab": 0, "min_logits_bytes": 0, "min_flops": 0})
+    compiled = torch.compile(loss, backend="cce", options=OPTIONS)
     ours = torch.autograd.grad(compiled(*leaves, labels()) * scale, leaves)
     doubles = [leaf.detach().double().requires_grad_() for leaf in leaves]
     right = torch.autograd.grad(loss(*doubles, labels()) * scale, doubles)

@@ -5,11 +5,18 @@ import torch
 from cases import Case
 
 from cce_inductor.logit_map import LogitMap
-from cce_inductor.ops import cuda, row_lists, sparse
+from cce_inductor.ops import cuda, row_lists, shares, sparse
 from cce_inductor.ops.problem import RowGradients, Tiles
 from cce_inductor.ops.row_lists import Active
 
 TILE_ROWS, TILE_WIDTH, PART = 16, 32, 16  # of the interpreter's tiles
+
+
+@pytest.fixture(autouse=True)
+def few_sampled_rows(monkeypatch):
+    """Shares are of fewer rows than there are, in the modules that have this fixture."""
+    for name in ("SAMPLED_ROWS", "SAMPLED_CODES"):
+        monkeypatch.setattr(shares, name, 16)
 
 
 def make(rows, vocab, width, **options):

@@ -5,7 +5,17 @@ import torch
 from cases import INTERPRETED, MAPS, NOT_INTERPRETED, Case, assert_no_worse, costly, eager, exact, uncertainty
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sparse_cases import TILE_WIDTH, active_and_tops, all_active, backward, make, recorded, shares_left, target_logits
+from sparse_cases import (
+    TILE_WIDTH,
+    active_and_tops,
+    all_active,
+    backward,
+    few_sampled_rows,
+    make,
+    recorded,
+    shares_left,
+    target_logits,
+)
 
 from cce_inductor.compat import FakeTensorMode
 from cce_inductor.ops import cuda, row_lists, shares, sparse
@@ -17,11 +27,7 @@ from cce_inductor.ops.sparse_rounds import MOST_ROUNDS
 if not INTERPRETED:
     pytest.skip(NOT_INTERPRETED, allow_module_level=True)
 
-
-@pytest.fixture(autouse=True)
-def _few_sampled_rows(monkeypatch):
-    for name in ("SAMPLED_ROWS", "SAMPLED_CODES"):
-        monkeypatch.setattr(shares, name, 16)
+__all__ = ["few_sampled_rows"]  # a fixture of this module too
 
 
 @costly
